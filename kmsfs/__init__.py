@@ -1,0 +1,1 @@
+"""kmsfs: files encrypted under AWS KMS, served as ordinary files."""

@@ -1,0 +1,334 @@
+"""Configuration: what kmsfs.toml may say, and the frozen settings made of it.
+
+Two shapes live here. `VolumeFile` is the file as people write it; an unknown key is an error.
+`MountConfig` is everything one mount needs, resolved to absolute paths and numeric ids; it
+travels to the daemon as JSON. Neither ever holds credentials.
+"""
+
+import math
+import os
+import re
+import stat
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from kmsfs.errors import ConfigInvalid, ConfigUntrusted
+
+VOLUME_FILE_NAME: Final = "kmsfs.toml"
+SYSTEM_CONFIG_DIR: Final = Path("/etc/kmsfs")
+
+# A volume file is a page of text; the bound keeps a planted device or huge file from being read.
+_MAX_CONFIG_BYTES: Final = 1 << 20
+
+_SIZE: Final = re.compile(r"^\s*(\d+)\s*(B|KiB|MiB|GiB)?\s*$")
+_SIZE_UNITS: Final = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+# Keys that name programs, roles or places outside the volume: root decides them, not whoever
+# may write the volume.
+_SYSTEM_ONLY: Final = (
+    ("volume", "source"),
+    ("volume", "mountpoint"),
+    ("kms", "profile"),
+    ("kms", "role_arn"),
+    ("on_change", None),
+)
+
+View = Literal["fuse", "ramfs", "auto"]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the configuration: frozen, and an unknown key is an error."""
+
+
+class VolumeTable(_Table, frozen=True):
+    """`[volume]`."""
+
+    name: str | None = None
+    source: str | None = None
+    mountpoint: str | None = None
+    view: View = "auto"
+    unbound: tuple[str, ...] = ()
+
+
+class KmsTable(_Table, frozen=True):
+    """`[kms]`. Key ids are tried in order for bare blobs."""
+
+    key_ids: tuple[str, ...] = ()
+    encryption_context: dict[str, str] = {}
+    profile: str | None = None
+    role_arn: str | None = None
+    region: str | None = None
+    endpoint_url: str | None = None
+    deadline_s: Annotated[float, msgspec.Meta(gt=0, le=120)] = 8.0
+    allow_non_committing: bool = False
+
+
+class CacheTable(_Table, frozen=True):
+    """`[cache]`. Sizes are numbers of bytes or texts such as `64MiB`."""
+
+    ttl_s: Seconds = 300.0
+    idle_s: Seconds = 60.0
+    stale_s: Seconds = 0.0
+    max_bytes: int | str = "64MiB"
+    max_file_bytes: int | str = "16MiB"
+
+
+class RuleTable(_Table, frozen=True):
+    """`[[rule]]`: who owns the files that `match`; the first match wins."""
+
+    match: str
+    owner: str | None = None
+    group: str | None = None
+    mode: str | None = None
+
+
+class OnChangeTable(_Table, frozen=True):
+    """`[[on_change]]`: what to run when a file that matches changes."""
+
+    match: str
+    run: tuple[str, ...]
+
+
+class VolumeFile(_Table, frozen=True):
+    """A whole kmsfs.toml."""
+
+    volume: VolumeTable = VolumeTable()
+    kms: KmsTable = KmsTable()
+    cache: CacheTable = CacheTable()
+    rule: tuple[RuleTable, ...] = ()
+    on_change: tuple[OnChangeTable, ...] = ()
+
+
+class KmsSettings(_Table, frozen=True):
+    """How a volume's keys are asked for. Times are in seconds."""
+
+    key_ids: tuple[str, ...] = ()
+    any_key: bool = False
+    encryption_context: dict[str, str] = {}
+    profile: str | None = None
+    role_arn: str | None = None
+    region: str | None = None
+    endpoint_url: str | None = None
+    deadline_s: float = 8.0
+    allow_non_committing: bool = False
+
+
+class CacheSettings(_Table, frozen=True):
+    """How long and how much plaintext is held."""
+
+    ttl_s: float = 300.0
+    idle_s: float = 60.0
+    stale_s: float = 0.0
+    max_bytes: int = 64 << 20
+    max_file_bytes: int = 16 << 20
+
+
+class OwnershipRule(_Table, frozen=True):
+    """A `[[rule]]` with its names resolved; None leaves the mount's default."""
+
+    match: str
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+
+
+class Ownership(_Table, frozen=True):
+    """What a file or directory has where no rule says otherwise."""
+
+    uid: int
+    gid: int
+    mode: int = 0o400
+    dir_mode: int = 0o555
+
+
+class MountConfig(_Table, frozen=True):
+    """Everything one mount needs; resolved, complete, without secrets.
+
+    `volume_root` is the directory of the kmsfs.toml (or the source where there is none);
+    `kmsfs:path` is relative to it. `volume` is None for a directory without a kmsfs.toml.
+    """
+
+    source: str
+    mountpoint: str
+    volume_root: str
+    ownership: Ownership
+    volume: str | None = None
+    binding_required: bool = False
+    unbound: tuple[str, ...] = ()
+    kms: KmsSettings = KmsSettings()
+    cache: CacheSettings = CacheSettings()
+    rules: tuple[OwnershipRule, ...] = ()
+    allow_other: bool = False
+
+
+def parse_size(value: int | str, key: str) -> int:
+    """A size in bytes from a number or a text such as `64MiB`.
+
+    Raises:
+        ConfigInvalid: not a size; `key` names it.
+    """
+    if isinstance(value, int):
+        if value < 0:
+            raise ConfigInvalid(f"{key} = {value}: a size cannot be negative")
+        return value
+    found = _SIZE.match(value)
+    if found is None:
+        raise ConfigInvalid(
+            f"{key} = {value!r} is not a size",
+            hint="a number of bytes, or a number followed by B, KiB, MiB or GiB",
+        )
+    return int(found[1]) * _SIZE_UNITS[found[2]]
+
+
+def parse_mode(value: str, key: str) -> int:
+    """Permission bits from octal text such as `0440`.
+
+    Raises:
+        ConfigInvalid: not octal, or more than permission bits (no setuid, setgid, sticky).
+    """
+    if not re.fullmatch(r"(0o?)?[0-7]{3}", value):
+        raise ConfigInvalid(
+            f"{key} = {value!r} is not a mode", hint='permissions in octal, such as "0440"'
+        )
+    return int(value.replace("o", ""), 8)
+
+
+def cache_settings(table: CacheTable) -> CacheSettings:
+    """`[cache]` with its sizes in bytes and its times checked."""
+    for key in ("ttl_s", "idle_s", "stale_s"):
+        if not math.isfinite(getattr(table, key)):
+            raise ConfigInvalid(f"cache.{key} must be a finite number of seconds")
+    return CacheSettings(
+        ttl_s=table.ttl_s,
+        idle_s=table.idle_s,
+        stale_s=table.stale_s,
+        max_bytes=parse_size(table.max_bytes, "cache.max_bytes"),
+        max_file_bytes=parse_size(table.max_file_bytes, "cache.max_file_bytes"),
+    )
+
+
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a served path, relative to its volume, is meant by a pattern of kmsfs.toml.
+
+    `*` and `?` stay within one directory, `**` spans any number of them; names that begin with
+    a dot are matched like others.
+    """
+    # Imported here because most mounts have no patterns and all of them start.
+    from wcmatch import glob
+
+    return bool(glob.globmatch(path, pattern, flags=glob.GLOBSTAR | glob.DOTGLOB | glob.FORCEUNIX))
+
+
+def find_volume_root(start: Path) -> Path | None:
+    """The nearest directory at or above `start` that has a kmsfs.toml; None if there is none."""
+    absolute = Path(os.path.abspath(start))
+    for directory in (absolute, *absolute.parents):
+        if (directory / VOLUME_FILE_NAME).exists():
+            return directory
+    return None
+
+
+def check_trusted(path: Path, *, uid: int) -> None:
+    """Refuse a configuration file that anybody but root and `uid` could have written.
+
+    The file and every directory above it must belong to root or `uid` and be writable by
+    nobody else. A sticky directory such as /tmp passes: in it others can neither rename nor
+    replace what is not theirs.
+
+    Raises:
+        ConfigUntrusted: with the offending path and its owner.
+    """
+    real = Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        info = os.stat(place)
+        sticky_directory = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+        if info.st_uid not in (0, uid):
+            raise ConfigUntrusted(
+                f"{place} belongs to uid {info.st_uid}, so {path} is not honoured"
+            )
+        if info.st_mode & 0o022 and not sticky_directory:
+            raise ConfigUntrusted(
+                f"{place} (owner uid {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o}) can be "
+                f"written by others, so {path} is not honoured"
+            )
+
+
+def load_volume_file(path: Path, *, uid: int, overlay_dir: Path = SYSTEM_CONFIG_DIR) -> VolumeFile:
+    """Read a volume's kmsfs.toml, and what the system configuration puts in place of it.
+
+    /etc/kmsfs/NAME.toml, NAME being the volume's name, has the same schema; each key set there
+    replaces the volume's own.
+
+    Args:
+        uid: the mounting user; see `check_trusted`.
+
+    Raises:
+        ConfigInvalid: not TOML, an unknown key, a value of the wrong type, a key that only the
+            system configuration may set.
+        ConfigUntrusted: see `check_trusted`.
+    """
+    raw = _read_toml(path, uid=uid)
+    for table, key in _SYSTEM_ONLY:
+        if table in raw and (key is None or key in raw[table]):
+            name = table if key is None else f"{table}.{key}"
+            raise ConfigInvalid(
+                f"{path}: {name} is accepted from {overlay_dir} only",
+                hint=f"set it in {overlay_dir}/NAME.toml",
+            )
+    own = _convert(raw, path)
+    if own.volume.name is None:
+        return own
+    overlay_path = overlay_dir / f"{own.volume.name}.toml"
+    if not overlay_path.exists():
+        return own
+    overlay = _read_toml(overlay_path, uid=0)
+    _convert(overlay, overlay_path)
+    return _convert(_merged(raw, overlay), overlay_path)
+
+
+def _read_toml(path: Path, *, uid: int) -> dict[str, Any]:
+    check_trusted(path, uid=uid)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigInvalid(f"{path} is not a regular file")
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigInvalid(f"{path}: {error.strerror}") from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise ConfigInvalid(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        return tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{path}: {error}") from error
+
+
+def _convert(raw: dict[str, Any], path: Path) -> VolumeFile:
+    try:
+        found = msgspec.convert(raw, VolumeFile)
+    except msgspec.ValidationError as error:
+        raise ConfigInvalid(f"{path}: {error}") from error
+    name = found.volume.name
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigInvalid(
+            f"{path}: volume.name = {name!r} is not a name",
+            hint="letters, digits, dot, dash and underscore, 64 at most",
+        )
+    cache_settings(found.cache)
+    for rule in found.rule:
+        if rule.mode is not None:
+            parse_mode(rule.mode, "rule.mode")
+    return found
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Table by table, key by key; a value, lists and inline tables included, is replaced whole."""
+    merged = dict(base)
+    for name, table in over.items():
+        merged[name] = {**base.get(name, {}), **table} if isinstance(table, dict) else table
+    return merged

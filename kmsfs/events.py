@@ -1,0 +1,86 @@
+"""What happens in a mount, as frozen records. Never content.
+
+Emitters know only the `EventSink` protocol; who listens (log, audit, metrics) is decided where
+the process is composed.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Decrypted:
+    """A file's plaintext arrived in locked memory."""
+
+    path: str
+    size_bytes: int
+    duration_s: float
+    key_id: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecryptFailed:
+    """A file could not be decrypted; every waiting reader got `error`'s errno."""
+
+    path: str
+    error: str
+    detail: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A program opened a file; emitted before it has the descriptor."""
+
+    path: str
+    uid: int
+    gid: int
+    pid: int
+    from_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRefused:
+    """A program's open of a file failed."""
+
+    path: str
+    uid: int
+    gid: int
+    pid: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wiped:
+    """A plaintext was overwritten in place and its memory returned."""
+
+    path: str
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LockChanged:
+    """The volume was locked or unlocked."""
+
+    locked: bool
+    by_uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """A decrypting process ended in the middle of a request."""
+
+    pid: int
+    reason: str
+
+
+Event = Decrypted | DecryptFailed | Opened | OpenRefused | Wiped | LockChanged | WorkerEnded
+
+
+class EventSink(Protocol):
+    """Receives every event, in order, on the emitter's thread."""
+
+    def emit(self, event: Event) -> None:
+        """Take note of `event`. Must neither block nor raise."""

@@ -1,0 +1,1 @@
+"""The ciphertext formats kmsfs reads and writes. Detection and parsing never need KMS."""

@@ -1,0 +1,1 @@
+"""Key services: the protocol every caller sees, and AWS KMS behind it."""

@@ -1,0 +1,1 @@
+"""The administrator's side: volumes, encrypting, decrypting, inspecting. May use AWS."""

@@ -1,0 +1,1 @@
+"""How the store is shown to other programs."""
