@@ -5,6 +5,7 @@ Pure parsing of what the message says of itself, after the AWS Encryption SDK De
 is decrypted; the decryption holds what it authenticates against what was parsed here.
 """
 
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ ReadAt = Callable[[int, int], bytes]
 """(offset, size) in bytes; what is returned is shorter at the end of the message only."""
 
 KMS_PROVIDER_ID: Final = "aws-kms"
+
+# Strict, because it is shown to people and sent to KMS; and ASCII, whatever the file says.
+_KEY_ARN: Final = re.compile(r"arn:[a-z0-9-]+:kms:[a-z0-9-]+:[0-9]{12}:key/[A-Za-z0-9-]+")
 
 # A full encryption context (64 KiB) and as much again for data keys, one of which takes some
 # 300 bytes. The format itself has no bound worth the name.
@@ -131,13 +135,11 @@ class EncryptedDataKey:
 
     @property
     def key_arn(self) -> str | None:
-        """ARN of the KMS key that wrapped it; None for another provider or a garbled ARN."""
+        """ARN of the KMS key that wrapped it; None for another provider or no key's ARN."""
         if self.provider_id != KMS_PROVIDER_ID:
             return None
-        try:
-            return self.provider_info.decode("ascii")
-        except UnicodeDecodeError:
-            return None
+        arn = self.provider_info.decode("ascii", errors="replace")
+        return arn if _KEY_ARN.fullmatch(arn) else None
 
 
 @dataclass(frozen=True, slots=True)
