@@ -20,6 +20,9 @@ from kmsfs.errors import ConfigInvalid, ConfigUntrusted
 VOLUME_FILE_NAME: Final = "kmsfs.toml"
 SYSTEM_CONFIG_DIR: Final = Path("/etc/kmsfs")
 
+VOLUME_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a volume may be called; the whole name has to match."""
+
 # A volume file is a page of text; the bound keeps a planted device or huge file from being read.
 _MAX_CONFIG_BYTES: Final = 1 << 20
 
@@ -314,7 +317,7 @@ def _convert(raw: dict[str, Any], path: Path) -> VolumeFile:
     except msgspec.ValidationError as error:
         raise ConfigInvalid(f"{path}: {error}") from error
     name = found.volume.name
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if name is not None and not VOLUME_NAME.fullmatch(name):
         raise ConfigInvalid(
             f"{path}: volume.name = {name!r} is not a name",
             hint="letters, digits, dot, dash and underscore, 64 at most",

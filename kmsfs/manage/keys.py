@@ -1,0 +1,79 @@
+"""Which keys a command asks, and how: the volume's configuration under the command's options."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from kmsfs.config import KmsSettings, KmsTable
+from kmsfs.keys.service import KeyService
+from kmsfs.manage.place import VolumeHere
+
+# A person waits for a command; a reader of a mount gets less.
+COMMAND_DEADLINE_S: Final = 30.0
+
+# At DEBUG their records hold response bodies with plaintext, and the SDK logs tracebacks.
+_CONTENT_LOGGERS: Final = ("aws_encryption_sdk", "boto3", "botocore", "urllib3")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOptions:
+    """What the command line says of keys; None and empty where it says nothing."""
+
+    key_ids: tuple[str, ...] = ()
+    any_key: bool = False
+    encryption_context: dict[str, str] = field(default_factory=dict)
+    profile: str | None = None
+    region: str | None = None
+    endpoint_url: str | None = None
+
+
+def settings_for(volume: VolumeHere | None, options: KeyOptions) -> KmsSettings:
+    """A volume's key settings, in which each option given replaces the volume's value."""
+    table = volume.file.kms if volume is not None else KmsTable()
+    return KmsSettings(
+        key_ids=options.key_ids or table.key_ids,
+        any_key=options.any_key,
+        encryption_context=options.encryption_context or table.encryption_context,
+        profile=options.profile or table.profile,
+        role_arn=table.role_arn,
+        region=options.region or table.region,
+        endpoint_url=options.endpoint_url or table.endpoint_url,
+        deadline_s=max(table.deadline_s, COMMAND_DEADLINE_S),
+        allow_non_committing=table.allow_non_committing,
+    )
+
+
+def key_service(settings: KmsSettings) -> KeyService:
+    """KMS under these settings. Nothing is asked of it yet.
+
+    Raises:
+        CredentialsUnavailable: the profile does not exist.
+    """
+    # boto3 is imported here: commands that fail earlier do not wait for it.
+    from kmsfs.keys.aws import AwsKeyService
+
+    _silence_content_loggers()
+    return AwsKeyService(settings)
+
+
+def _silence_content_loggers() -> None:
+    for name in _CONTENT_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [logging.NullHandler()]
+
+
+class KeyServices:
+    """One key service for each distinct settings, for commands that work on several volumes."""
+
+    def __init__(self) -> None:
+        self._services: dict[bytes, KeyService] = {}
+
+    def get(self, settings: KmsSettings) -> KeyService:
+        """The key service for these settings, made when first asked for."""
+        identity = msgspec.json.encode(settings, order="deterministic")
+        if identity not in self._services:
+            self._services[identity] = key_service(settings)
+        return self._services[identity]

@@ -1,0 +1,216 @@
+"""From what an administrator asked for to the `MountConfig` that launcher and daemon obey."""
+
+import grp
+import os
+import pwd
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kmsfs.config import (
+    CacheSettings,
+    MountConfig,
+    Ownership,
+    OwnershipRule,
+    RuleTable,
+    VolumeFile,
+    cache_settings,
+    parse_mode,
+)
+from kmsfs.errors import ConfigInvalid, InputUnreadable, MountpointUnusable, UsageInvalid
+from kmsfs.manage.keys import KeyOptions, settings_for
+from kmsfs.manage.place import volume_above
+from kmsfs.views.mountpoint import resolve
+
+# What mount(8), fstab and systemd pass along and what is so in any case.
+_ACCEPTED_OPTIONS: Final = frozenset(
+    {"ro", "rw", "nosuid", "nodev", "noexec", "defaults", "noatime", "relatime", "nodiratime"}
+    | {"auto", "noauto", "user", "nouser", "nofail", "_netdev"}
+)
+_VALUE_OPTIONS: Final = frozenset(
+    {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view"}
+)
+_VIEWS: Final = ("auto", "fuse")
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What the command line says; None and empty where it says nothing. Modes are octal text."""
+
+    keys: KeyOptions = field(default_factory=KeyOptions)
+    owner: str | None = None
+    group: str | None = None
+    mode: str | None = None
+    dir_mode: str | None = None
+    view: str | None = None
+    allow_other: bool = False
+
+
+def with_option_text(options: MountOptions, text: str) -> MountOptions:
+    """`options`, and those of one `-o` text as in mount(8): comma-separated, `\\,` for a comma.
+
+    Raises:
+        UsageInvalid: an unknown option, or a value that is missing.
+    """
+    keys = options.keys
+    changes: dict[str, Any] = {}
+    for item in _split(text):
+        name, has_value, value = item.partition("=")
+        if name in _ACCEPTED_OPTIONS or name.startswith("x-") or not item:
+            continue
+        if name in ("any_key", "allow_other") and not has_value:
+            if name == "any_key":
+                keys = replace(keys, any_key=True)
+            else:
+                changes["allow_other"] = True
+            continue
+        if name not in _VALUE_OPTIONS | {"key_id", "encryption_context"}:
+            raise UsageInvalid(
+                f"unknown mount option {name!r}", hint="see `kmsfs mount --help` for the options"
+            )
+        if not value:
+            raise UsageInvalid(f"mount option {name!r} needs a value: {name}=…")
+        if name == "key_id":
+            keys = replace(keys, key_ids=(*keys.key_ids, value))
+        elif name == "encryption_context":
+            key, equals, pair_value = value.partition("=")
+            if not (key and equals and pair_value):
+                raise UsageInvalid(f"encryption_context={value} is not of the form K=V")
+            keys = replace(keys, encryption_context={**keys.encryption_context, key: pair_value})
+        elif name == "profile":
+            keys = replace(keys, profile=value)
+        elif name == "region":
+            keys = replace(keys, region=value)
+        elif name == "endpoint_url":
+            keys = replace(keys, endpoint_url=value)
+        else:
+            changes[name] = value
+    return replace(options, keys=keys, **changes)
+
+
+def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountConfig:
+    """Everything the mount needs, from the volume's kmsfs.toml and the options over it.
+
+    Raises:
+        InputUnreadable: no such source directory.
+        MountpointUnusable: it lies in the source, or the source in it.
+        ConfigInvalid, ConfigUntrusted: the volume's kmsfs.toml.
+        UsageInvalid: impossible options, or no key.
+    """
+    source_path = os.path.realpath(source)
+    if not os.path.isdir(source_path):
+        raise InputUnreadable(f"{source} is not a directory")
+    mountpoint_path = resolve(mountpoint)
+    _check_apart(source_path, mountpoint_path)
+    volume = volume_above(Path(source_path))
+    file = volume.file if volume is not None else VolumeFile()
+    _check_view(options.view or file.volume.view)
+    if options.keys.any_key and options.keys.key_ids:
+        raise UsageInvalid("--any-key and --key-id contradict each other")
+    kms = settings_for(volume, options.keys)
+    if options.keys.any_key:
+        kms = msgspec.structs.replace(kms, key_ids=())
+    if not kms.key_ids and not kms.any_key:
+        raise UsageInvalid(
+            "no key is allowed to decrypt anything",
+            hint="name the keys with --key-id, or make the directory a volume: `kmsfs init`",
+        )
+    return MountConfig(
+        source=source_path,
+        mountpoint=mountpoint_path,
+        volume_root=str(volume.root) if volume is not None else source_path,
+        volume=volume.name if volume is not None else None,
+        binding_required=volume is not None,
+        unbound=file.volume.unbound,
+        kms=msgspec.structs.replace(kms, deadline_s=file.kms.deadline_s),
+        cache=_checked_cache(file),
+        rules=tuple(_resolved(rule) for rule in file.rule),
+        ownership=_ownership(options),
+        allow_other=os.geteuid() == 0 or options.allow_other,
+    )
+
+
+def _ownership(options: MountOptions) -> Ownership:
+    defaults = Ownership(uid=os.geteuid(), gid=os.getegid())
+    return Ownership(
+        uid=defaults.uid if options.owner is None else _uid(options.owner),
+        gid=defaults.gid if options.group is None else _gid(options.group),
+        mode=defaults.mode if options.mode is None else parse_mode(options.mode, "mode"),
+        dir_mode=(
+            defaults.dir_mode
+            if options.dir_mode is None
+            else parse_mode(options.dir_mode, "dir_mode")
+        ),
+    )
+
+
+def _resolved(rule: RuleTable) -> OwnershipRule:
+    return OwnershipRule(
+        match=rule.match,
+        uid=None if rule.owner is None else _uid(rule.owner),
+        gid=None if rule.group is None else _gid(rule.group),
+        mode=None if rule.mode is None else parse_mode(rule.mode, "rule.mode"),
+    )
+
+
+def _uid(name: str) -> int:
+    if name.isdigit():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigInvalid(f"there is no user {name!r} on this machine") from None
+
+
+def _gid(name: str) -> int:
+    if name.isdigit():
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigInvalid(f"there is no group {name!r} on this machine") from None
+
+
+def _checked_cache(file: VolumeFile) -> CacheSettings:
+    settings = cache_settings(file.cache)
+    if settings.max_file_bytes > settings.max_bytes:
+        raise ConfigInvalid(
+            f"cache.max_file_bytes ({settings.max_file_bytes}) is more than cache.max_bytes "
+            f"({settings.max_bytes}): the largest file could never be held"
+        )
+    return settings
+
+
+def _check_apart(source: str, mountpoint: str) -> None:
+    if source == mountpoint or mountpoint.startswith(source.rstrip("/") + "/"):
+        raise MountpointUnusable(
+            f"{mountpoint} lies in the source {source}", hint="mount somewhere else, under /run"
+        )
+    if source.startswith(mountpoint.rstrip("/") + "/"):
+        raise MountpointUnusable(
+            f"mounting at {mountpoint} would hide the source {source}",
+            hint="mount somewhere else, under /run",
+        )
+
+
+def _check_view(view: str) -> None:
+    if view not in _VIEWS:
+        raise UsageInvalid(f"view {view!r} is not available", hint="fuse or auto")
+
+
+def _split(text: str) -> list[str]:
+    """Comma-separated items in which `\\,` stands for a comma and `\\\\` for a backslash."""
+    items, current, escaped = [], "", False
+    for char in text:
+        if escaped:
+            current, escaped = current + char, False
+        elif char == "\\":
+            escaped = True
+        elif char == ",":
+            items.append(current)
+            current = ""
+        else:
+            current += char
+    return [*items, current + ("\\" if escaped else "")]

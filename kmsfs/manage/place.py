@@ -1,0 +1,82 @@
+"""Where a file lies: the volume above it, what that says, and the path it is served under."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kmsfs.config import (
+    VOLUME_FILE_NAME,
+    VolumeFile,
+    find_volume_root,
+    load_volume_file,
+    path_matches,
+)
+from kmsfs.errors import ConfigInvalid, UsageInvalid
+from kmsfs.formats.binding import Place
+from kmsfs.formats.detect import served_name
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeHere:
+    """A volume as commands see it: its root directory, name and configuration."""
+
+    root: Path
+    name: str
+    file: VolumeFile
+
+    def may_be_unbound(self, path: str) -> bool:
+        """Whether this volume serves `path` without a binding."""
+        return any(path_matches(pattern, path) for pattern in self.file.volume.unbound)
+
+
+def volume_above(directory: Path) -> VolumeHere | None:
+    """The volume that a directory belongs to; None if no kmsfs.toml lies in or above it.
+
+    The path is taken as it is written first, and with its symbolic links resolved second: a
+    link inside a volume leads to paths of that volume, a link from outside leads into it.
+
+    Raises:
+        ConfigInvalid, ConfigUntrusted: its kmsfs.toml cannot be honoured.
+    """
+    root = find_volume_root(directory) or find_volume_root(Path(os.path.realpath(directory)))
+    if root is None:
+        return None
+    file = load_volume_file(root / VOLUME_FILE_NAME, uid=os.geteuid())
+    if file.volume.name is None:
+        raise ConfigInvalid(
+            f"{root / VOLUME_FILE_NAME} does not name its volume",
+            hint='add name = "..." under [volume]',
+        )
+    return VolumeHere(root, file.volume.name, file)
+
+
+def place_of(path: Path, volume: VolumeHere | None) -> Place:
+    """The place of a ciphertext file: its served path, relative to its volume's root.
+
+    Without a volume it is the served name alone.
+
+    Raises:
+        UsageInvalid: the path is not UTF-8.
+    """
+    name, _ = served_name(path.name)
+    if volume is None:
+        return Place(None, _checked(name))
+    return Place(volume.name, _checked(_relative(path.with_name(name), volume.root)))
+
+
+def _relative(path: Path, root: Path) -> str:
+    relative = os.path.relpath(os.path.abspath(path), root)
+    if relative.startswith("../"):
+        in_real_directory = os.path.join(os.path.realpath(path.parent), path.name)
+        relative = os.path.relpath(in_real_directory, root)
+    return relative
+
+
+def _checked(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageInvalid(
+            f"the name {os.fsencode(path)!r} is not UTF-8", hint="rename the file"
+        ) from None
+    return path
