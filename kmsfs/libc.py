@@ -1,0 +1,197 @@
+"""System calls that Python does not offer, as typed functions. Each raises OSError.
+
+Numbers are those of the generic system call table, which x86-64 and arm64 share for calls added
+since Linux 5.1; constants are from the kernel's uapi headers.
+"""
+
+import ctypes
+import os
+from typing import Final
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_libc.mount.argtypes = (
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+
+PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+
+_SYS_OPENAT2: Final = 437
+_SYS_MEMFD_SECRET: Final = 447
+
+_PROT_READ: Final = 1
+_PROT_WRITE: Final = 2
+_MAP_SHARED: Final = 1
+_MAP_PRIVATE: Final = 2
+_MAP_ANONYMOUS: Final = 0x20
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+MADV_DONTFORK: Final = 10
+MADV_DONTDUMP: Final = 16
+
+MCL_CURRENT: Final = 1
+MCL_FUTURE: Final = 2
+MCL_ONFAULT: Final = 4
+
+PR_SET_PDEATHSIG: Final = 1
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
+PR_SET_NO_NEW_PRIVS: Final = 38
+
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_BENEATH: Final = 0x08
+
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_NOATIME: Final = 1024
+
+MNT_FORCE: Final = 1
+MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
+
+
+def _raise_errno(what: str | None = None) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), what)
+
+
+def map_shared(fd: int, size_bytes: int) -> int:
+    """mmap `fd` from its start, shared, readable and writable; returns the address."""
+    return _mmap(fd, size_bytes, _MAP_SHARED)
+
+
+def map_anonymous(size_bytes: int) -> int:
+    """mmap private zeroed memory, readable and writable; returns the address."""
+    return _mmap(-1, size_bytes, _MAP_PRIVATE | _MAP_ANONYMOUS)
+
+
+def _mmap(fd: int, size_bytes: int, flags: int) -> int:
+    address: int | None = _libc.mmap(None, size_bytes, _PROT_READ | _PROT_WRITE, flags, fd, 0)
+    if address is None or address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return address
+
+
+def munmap(address: int, size_bytes: int) -> None:
+    """Unmap; nothing may hold a view of the range any more."""
+    if _libc.munmap(address, size_bytes):
+        _raise_errno()
+
+
+def mlock(address: int, size_bytes: int) -> None:
+    """Keep a range in memory and out of swap until it is unmapped."""
+    if _libc.mlock(address, size_bytes):
+        _raise_errno()
+
+
+def mlockall(flags: int) -> None:
+    """Lock the whole process (`MCL_*`)."""
+    if _libc.mlockall(flags):
+        _raise_errno()
+
+
+def madvise(address: int, size_bytes: int, advice: int) -> None:
+    """Advise the kernel about a range (`MADV_*`)."""
+    if _libc.madvise(address, size_bytes, advice):
+        _raise_errno()
+
+
+def memfd_secret() -> int:
+    """A descriptor of memory that the kernel maps nowhere else; close-on-exec.
+
+    Raises:
+        OSError: ENOSYS before Linux 5.14 or where it is switched off (secretmem.enable).
+    """
+    fd: int = _libc.syscall(_SYS_MEMFD_SECRET, ctypes.c_uint(os.O_CLOEXEC))
+    if fd < 0:
+        _raise_errno()
+    return fd
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def openat2(directory_fd: int, path: str, flags: int, resolve: int) -> int:
+    """openat2(2) with `RESOLVE_*`; the descriptor is close-on-exec."""
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    fd: int = _libc.syscall(
+        _SYS_OPENAT2,
+        ctypes.c_int(directory_fd),
+        os.fsencode(path),
+        ctypes.byref(how),
+        ctypes.c_size_t(ctypes.sizeof(how)),
+    )
+    if fd < 0:
+        _raise_errno(path)
+    return fd
+
+
+def prctl(option: int, value: int = 0) -> int:
+    """prctl(2) with one argument; returns its result."""
+    result: int = _libc.prctl(option, value, 0, 0, 0)
+    if result < 0:
+        _raise_errno()
+    return result
+
+
+def mount(source: str, target: str, fs_type: str, flags: int, data: str) -> None:
+    """mount(2)."""
+    if _libc.mount(
+        os.fsencode(source), os.fsencode(target), fs_type.encode(), flags, os.fsencode(data)
+    ):
+        _raise_errno(target)
+
+
+def umount2(target: str, flags: int) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags):
+        _raise_errno(target)
+
+
+def fill_zero(address: int, size_bytes: int) -> None:
+    """Overwrite a range with zeros. ctypes calls memset itself: nothing can optimise it away."""
+    ctypes.memset(address, 0, size_bytes)
+
+
+def copy(target: int, source: int, size_bytes: int) -> None:
+    """Copy between two addresses that do not overlap."""
+    ctypes.memmove(target, source, size_bytes)
+
+
+def view(address: int, size_bytes: int) -> memoryview:
+    """A writable view of a range. It does not keep the range mapped."""
+    return memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
+
+
+def filesystem_magic(fd: int) -> int:
+    """f_type of the filesystem that an open file lies on (statfs(2), linux/magic.h)."""
+    buffer = (ctypes.c_long * 64)()
+    if _libc.fstatfs(ctypes.c_int(fd), ctypes.byref(buffer)):
+        _raise_errno()
+    return buffer[0] & 0xFFFFFFFF

@@ -1,0 +1,98 @@
+"""What a process does to keep its memory to itself, and a report of what holds."""
+
+import contextlib
+import os
+import resource
+import signal
+from typing import Final
+
+import msgspec
+
+from kmsfs import libc
+
+# glibc: freed memory is overwritten, freed chunks and thread stacks are not kept for reuse.
+# CPython: its own arenas, which never scrub, are switched off. Set before exec; read by
+# zygote and workers.
+SCRUBBING_ENVIRONMENT: Final = {
+    "PYTHONMALLOC": "malloc",
+    "GLIBC_TUNABLES": (
+        "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"
+    ),
+}
+
+
+class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Which protections hold in one process."""
+
+    undumpable: bool
+    core_limit_zero: bool
+    memory_locked: bool
+    allocator_scrubs: bool
+
+
+def harden() -> None:
+    """Make this process undumpable, without core files, and unable to gain privileges.
+
+    Undumpable also means: no ptrace and no /proc/PID/mem for other processes of the same user.
+    exec resets it, so every process calls this for itself.
+    """
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def forbid_new_privileges() -> None:
+    """No setuid program started from here gains anything."""
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent's spawning thread ends.
+
+    Only for children of a single-threaded parent: the signal follows the thread.
+    """
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def lock_all_memory() -> bool:
+    """Lock what this process has mapped and will map, page by page as it is touched.
+
+    Returns: whether it could; a low RLIMIT_MEMLOCK refuses it.
+    """
+    with contextlib.suppress(OSError):
+        libc.mlockall(libc.MCL_CURRENT | libc.MCL_FUTURE | libc.MCL_ONFAULT)
+        return True
+    return False
+
+
+def raise_memlock_limit(wanted_bytes: int) -> None:
+    """Raise the soft limit of locked memory to `wanted_bytes`, as far as that is permitted.
+
+    Children inherit it. What is really available shows in `Arena.budget_bytes`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY or soft >= wanted_bytes:
+        return
+    with contextlib.suppress(ValueError, OSError):
+        unlimited_hard = hard == resource.RLIM_INFINITY
+        resource.setrlimit(
+            resource.RLIMIT_MEMLOCK,
+            (wanted_bytes, hard if unlimited_hard else max(hard, wanted_bytes)),
+        )
+        return
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+
+
+def report(*, memory_locked: bool) -> ProcessReport:
+    """Read back from the kernel what holds for this process.
+
+    Args:
+        memory_locked: what `lock_all_memory` answered; the daemon locks its slots only.
+    """
+    return ProcessReport(
+        undumpable=libc.prctl(libc.PR_GET_DUMPABLE) == 0,
+        core_limit_zero=resource.getrlimit(resource.RLIMIT_CORE)[0] == 0,
+        memory_locked=memory_locked,
+        allocator_scrubs=all(os.environ.get(k) == v for k, v in SCRUBBING_ENVIRONMENT.items()),
+    )
