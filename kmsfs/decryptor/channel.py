@@ -1,0 +1,34 @@
+"""The frames of `wire` on trio sockets; apart, since launcher, zygote and workers have no trio."""
+
+import socket
+from collections.abc import Sequence
+
+import trio
+
+from kmsfs.decryptor import wire
+
+
+async def send(
+    sock: trio.socket.SocketType, message: wire.Message, fds: Sequence[int] = ()
+) -> None:
+    """Send one frame.
+
+    Raises:
+        WireError: too large, or the peer is gone.
+    Cancellation: all of it is sent, or nothing.
+    """
+    try:
+        await sock.sendmsg([wire.encode(message)], wire.fds_ancillary(fds), socket.MSG_NOSIGNAL)
+    except OSError as error:
+        raise wire.WireError(f"cannot send: {error.strerror}") from error
+
+
+async def receive(sock: trio.socket.SocketType) -> tuple[wire.Message, int | None]:
+    """Receive one frame; see `wire.decode`. Cancellation: nothing is lost."""
+    try:
+        frame, ancillary, flags, _ = await sock.recvmsg(
+            wire.MAX_FRAME_BYTES + 1, wire.ANCILLARY_BYTES, wire.RECEIVE_FLAGS
+        )
+    except OSError as error:
+        raise wire.WireError(f"cannot receive: {error.strerror}") from error
+    return wire.decode(frame, ancillary, flags)

@@ -1,0 +1,234 @@
+"""Frames between launcher, daemon, zygote and workers: bounded, typed, descriptors beside them.
+
+SOCK_SEQPACKET keeps frames apart. A frame is one version byte and one msgpack message; it never
+holds plaintext, which travels as a descriptor of locked memory. Anything out of form is a
+`WireError`, and its sender is ended.
+"""
+
+import array
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from kmsfs.decryptor.rules import DecryptRules
+from kmsfs.memory.process import ProcessReport
+
+VERSION: Final = 1
+
+# Rules hold an encryption context, which KMS bounds at 8192 bytes, and a path of at most 4096.
+MAX_FRAME_BYTES: Final = 64 << 10
+MAX_FDS: Final = 1
+
+_FD_BYTES: Final = array.array("i").itemsize
+ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_FDS * _FD_BYTES)
+RECEIVE_FLAGS: Final = socket.MSG_CMSG_CLOEXEC
+
+
+class WireError(Exception):
+    """The peer is gone, or sent what no peer of ours sends."""
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, kw_only=True):
+    """One frame's message."""
+
+
+class ZygoteReady(_Message, frozen=True):
+    """Zygote to daemon, once, when its imports are done."""
+
+    pid: int
+    credential_source: str | None
+    report: ProcessReport
+
+
+class SpawnWorker(_Message, frozen=True):
+    """Daemon to zygote, with the worker's end of a socket pair."""
+
+    id: int
+
+
+class WorkerSpawned(_Message, frozen=True):
+    """Zygote to daemon, with a pidfd of the new worker."""
+
+    id: int
+    pid: int
+
+
+class SpawnFailed(_Message, frozen=True):
+    """Zygote to daemon: fork refused."""
+
+    id: int
+    detail: str
+
+
+class Decrypt(_Message, frozen=True):
+    """Daemon to worker, with a descriptor of the ciphertext.
+
+    `version` is (dev, ino, size, mtime_ns, ctime_ns) as the daemon saw the descriptor.
+    """
+
+    id: int
+    rules: DecryptRules
+    version: tuple[int, int, int, int, int]
+    deadline_s: float
+
+
+class Decrypted(_Message, frozen=True):
+    """Worker to daemon, with the memory that holds the plaintext (none for an empty one)."""
+
+    id: int
+    size_bytes: int
+    key_arn: str
+    format: str
+    report: ProcessReport
+
+
+class Taken(_Message, frozen=True):
+    """Daemon to worker: the daemon holds its own lock on the memory; let go of yours."""
+
+    id: int
+
+
+class Failed(_Message, frozen=True):
+    """Worker to daemon: a `KmsfsError` by its code."""
+
+    id: int
+    code: str
+    detail: str
+    hint: str | None = None
+
+
+class DaemonReady(_Message, frozen=True):
+    """Daemon to launcher, once: requests are served from now on."""
+
+
+class DaemonFailed(_Message, frozen=True):
+    """Daemon to launcher: why it cannot start, a `KmsfsError` by its code."""
+
+    code: str
+    detail: str
+    hint: str | None = None
+
+
+class ZygoteWanted(_Message, frozen=True):
+    """Daemon to launcher: there is no zygote, and something to decrypt."""
+
+
+class NewZygote(_Message, frozen=True):
+    """Launcher to daemon, with the daemon's end of the zygote's control socket."""
+
+
+class Detached(_Message, frozen=True):
+    """Launcher to daemon: unmounted lazily; only what is open still needs plaintext."""
+
+
+Message = (
+    ZygoteReady
+    | SpawnWorker
+    | WorkerSpawned
+    | SpawnFailed
+    | Decrypt
+    | Decrypted
+    | Taken
+    | Failed
+    | DaemonReady
+    | DaemonFailed
+    | ZygoteWanted
+    | NewZygote
+    | Detached
+)
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """One frame.
+
+    Raises:
+        WireError: larger than MAX_FRAME_BYTES.
+    """
+    frame = bytes((VERSION,)) + _encoder.encode(message)
+    if len(frame) > MAX_FRAME_BYTES:
+        raise WireError(f"a {type(message).__name__} frame of {len(frame)} bytes is too large")
+    return frame
+
+
+def fds_ancillary(fds: Sequence[int]) -> "list[tuple[int, int, array.array[int]]]":
+    """Ancillary data for sendmsg that carries descriptors."""
+    if not fds:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+
+
+def decode(
+    frame: bytes, ancillary: Iterable[tuple[int, int, bytes]], flags: int
+) -> tuple[Message, int | None]:
+    """Take a received frame apart: the message, and the descriptor that came with it.
+
+    Every descriptor received is either returned or closed.
+
+    Raises:
+        WireError: end of file, truncated, another version, not a message, too many descriptors.
+    """
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % _FD_BYTES])
+    try:
+        if not frame:
+            raise WireError("the peer closed its end")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise WireError("a truncated frame")
+        if frame[0] != VERSION:
+            raise WireError(f"a frame of version {frame[0]}, not {VERSION}")
+        if len(fds) > MAX_FDS:
+            raise WireError(f"{len(fds)} descriptors with one frame")
+        try:
+            message: Message = _decoder.decode(memoryview(frame)[1:])
+        except msgspec.DecodeError as error:
+            raise WireError(f"not a message: {error}") from None
+    except WireError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, (fds[0] if fds else None)
+
+
+def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    """Send one frame on a blocking socket.
+
+    Raises:
+        WireError: too large, or the peer is gone.
+    """
+    try:
+        sock.sendmsg([encode(message)], fds_ancillary(fds), socket.MSG_NOSIGNAL)
+    except OSError as error:
+        raise WireError(f"cannot send: {error.strerror}") from error
+
+
+def receive(sock: socket.socket) -> tuple[Message, int | None]:
+    """Receive one frame on a blocking socket; see `decode`."""
+    try:
+        frame, ancillary, flags, _ = sock.recvmsg(
+            MAX_FRAME_BYTES + 1, ANCILLARY_BYTES, RECEIVE_FLAGS
+        )
+    except OSError as error:
+        raise WireError(f"cannot receive: {error.strerror}") from error
+    return decode(frame, ancillary, flags)
+
+
+def expect(received: tuple[Message, int | None], wanted: type[Any]) -> tuple[Any, int | None]:
+    """Hold a received message against the one type that may come now.
+
+    Raises:
+        WireError: it is another; its descriptor is closed.
+    """
+    message, fd = received
+    if not isinstance(message, wanted):
+        if fd is not None:
+            os.close(fd)
+        raise WireError(f"{type(message).__name__} where {wanted.__name__} was due")
+    return message, fd

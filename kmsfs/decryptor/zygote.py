@@ -1,0 +1,112 @@
+"""The zygote: imports boto3 once, then forks workers on request. Never sees plaintext.
+
+Single-threaded by contract: fork is safe here, and the workers' parent-death signal follows the
+thread that forked them. Credentials given as environment variables live in its environment; all
+others are resolved in the workers.
+
+Run as `python -m kmsfs.decryptor.zygote SOCKET_FD SETTINGS_FD`.
+"""
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Final
+
+import msgspec
+
+from kmsfs.config import KmsSettings
+from kmsfs.decryptor import wire, worker
+from kmsfs.keys import aws
+from kmsfs.memory import process
+
+# Their DEBUG and ERROR records may hold response bodies.
+_CONTENT_LOGGERS: Final = ("aws_encryption_sdk", "boto3", "botocore", "urllib3")
+
+
+def silence_content_loggers() -> None:
+    """Let no record of the AWS libraries reach a handler; no option undoes this."""
+    for name in _CONTENT_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [logging.NullHandler()]
+
+
+class Zygote:
+    """Forks a worker for each request on the control socket, until that closes."""
+
+    def __init__(self, control: socket.socket, settings: KmsSettings) -> None:
+        self._control = control
+        self._settings = settings
+
+    def run(self) -> None:
+        """Serve until the daemon closes its end."""
+        while True:
+            try:
+                request, fd = wire.expect(wire.receive(self._control), wire.SpawnWorker)
+            except wire.WireError:
+                return
+            if fd is None:
+                return
+            try:
+                self._spawn(request.id, socket.socket(fileno=fd))
+            except wire.WireError:
+                return
+
+    def _spawn(self, request_id: int, sock: socket.socket) -> None:
+        zygote_pid = os.getpid()
+        with sock:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                wire.send(
+                    self._control, wire.SpawnFailed(id=request_id, detail=error.strerror or "")
+                )
+                return
+            if pid == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                self._control.close()
+                worker.main(sock, self._settings, zygote_pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            wire.send(self._control, wire.SpawnFailed(id=request_id, detail=error.strerror or ""))
+            return
+        try:
+            wire.send(self._control, wire.WorkerSpawned(id=request_id, pid=pid), [pidfd])
+        finally:
+            os.close(pidfd)
+
+
+def main(argv: list[str]) -> None:
+    """Be the zygote; returns when the daemon has closed its end."""
+    socket_fd, settings_fd = (int(text) for text in argv)
+    process.harden()
+    silence_content_loggers()
+    with open(settings_fd, "rb") as file:
+        settings = msgspec.json.decode(file.read(), type=KmsSettings)
+    # Workers end by themselves and are watched through pidfds: nobody waits for them here.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # The launcher ends this process by closing the daemon's end; a terminal's ^C is not for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    aws.warm_up(settings)
+    # Objects made so far stay out of the collector, so that workers do not copy their pages.
+    gc.collect()
+    gc.freeze()
+    with socket.socket(fileno=socket_fd) as control:
+        ready = wire.ZygoteReady(
+            pid=os.getpid(),
+            credential_source=aws.credential_source(settings),
+            report=process.report(memory_locked=False),
+        )
+        try:
+            wire.send(control, ready)
+        except wire.WireError:
+            return
+        Zygote(control, settings).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
