@@ -1,0 +1,406 @@
+"""Plaintext entries: one decryption in flight per version, lifetimes, leases, lock.
+
+Not thread-safe: everything here runs on the event loop, and state changes between awaits only.
+"""
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from kmsfs.config import CacheSettings
+from kmsfs.decryptor.client import Plaintext
+from kmsfs.errors import (
+    CiphertextInvalid,
+    CredentialsUnavailable,
+    DeadlineExceeded,
+    ExitCode,
+    KmsfsError,
+    KmsUnreachable,
+    TooManyWaiting,
+    VolumeLocked,
+    WorkerBug,
+)
+from kmsfs.events import Decrypted, DecryptFailed, EventSink, Wiped
+from kmsfs.memory.arena import Arena, Slot
+from kmsfs.memory.mapping import LockedMapping
+from kmsfs.store.ciphertext import FileVersion
+from kmsfs.store.source import SourceFile
+
+# Opens that may wait for a decryption; the kernel has 1024 requests for us (`max_tasks`), and
+# the other half stays free for everything that does not wait.
+MAX_WAITING: Final = 512
+
+# Errors that say no for good; whatever was decrypted before is not served any more.
+_PURGING: Final = frozenset({ExitCode.REFUSED_BY_KMS, ExitCode.NOT_AUTHENTIC})
+
+DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A plaintext in its slot. Times are trio's clock."""
+
+    path: str
+    version: FileVersion
+    slot: Slot
+    ready_at: float
+    idle_from: float
+    leases: int = 0
+    current: bool = True
+    wiped: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A decryption under way, and how many opens wait for it."""
+
+    file: SourceFile
+    done: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    waiting: int = 0
+    entry: _Entry | None = None
+    error: KmsfsError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last thing that went wrong with a file; `at_unix_s` is wall-clock time."""
+
+    error: str
+    detail: str
+    hint: str
+    at_unix_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """One plaintext held now."""
+
+    path: str
+    size_bytes: int
+    age_s: float
+    leases: int
+    current: bool
+
+
+class Lease:
+    """The right to read one version of one plaintext until it is closed or the volume locked."""
+
+    __slots__ = ("_cache", "_entry")
+
+    def __init__(self, cache: "PlaintextCache", entry: _Entry) -> None:
+        self._cache = cache
+        self._entry: _Entry | None = entry
+        entry.leases += 1
+
+    @property
+    def size_bytes(self) -> int:
+        """Exact size of the plaintext."""
+        return 0 if self._entry is None else self._entry.slot.size_bytes
+
+    def copy_to(self, target: LockedMapping, offset: int, size_bytes: int) -> int:
+        """Copy a range of the plaintext to the start of `target`; see `Slot.copy_to`.
+
+        Raises:
+            VolumeLocked: the volume was locked since this lease was given.
+        """
+        if self._entry is None or self._entry.wiped:
+            raise VolumeLocked("the volume was locked after this file was opened")
+        return self._entry.slot.copy_to(target, offset, size_bytes)
+
+    def close(self) -> None:
+        """Give the lease back; again is harmless."""
+        if self._entry is not None:
+            self._cache.end_lease(self._entry)
+            self._entry = None
+
+
+class PlaintextCache:
+    """Holds plaintexts for as long as the settings allow, and not longer.
+
+    A plaintext serves new opens for `ttl_s` after its decryption. Without leases it is wiped
+    then, or `idle_s` after its last close, whichever comes first; with `stale_s` it is kept that
+    much longer for the case that KMS cannot be reached. A lease keeps it until it is closed.
+
+    Args:
+        decrypt: decrypts a file by a deadline (trio's clock); raises KmsfsError.
+    """
+
+    def __init__(
+        self, arena: Arena, settings: CacheSettings, events: EventSink, decrypt: DecryptFile
+    ) -> None:
+        self._settings = settings
+        self._events = events
+        self._decrypt = decrypt
+        self._current: dict[str, _Entry] = {}
+        self._entries: set[_Entry] = set()
+        self._flights: dict[tuple[str, FileVersion], _Flight] = {}
+        self._waiting = 0
+        self._nursery: trio.Nursery | None = None
+        self._sweep_again = trio.Event()
+        self._detached = False
+        self.locked = False
+        self.failures: dict[str, Failure] = {}
+        arena.reclaim = self._evict
+        self._arena = arena
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Decrypt and expire until cancelled; everything is wiped then."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                while True:
+                    again = self._sweep_again
+                    with trio.CancelScope(deadline=self._sweep(trio.current_time())):
+                        await again.wait()
+        finally:
+            self._nursery = None
+            self.wipe_all("end")
+
+    async def acquire(self, file: SourceFile, deadline: float) -> tuple[Lease, bool]:
+        """A lease on this version's plaintext, and whether it was there already.
+
+        Any number of callers share one decryption. The caller closes the lease.
+
+        Args:
+            deadline: on trio's clock.
+
+        Raises:
+            VolumeLocked, TooManyWaiting, DeadlineExceeded, CiphertextChanging, and whatever the
+            decryption raises.
+        Cancellation: leaves the decryption running for others and for the next open.
+        """
+        if self.locked:
+            raise VolumeLocked("the volume is locked")
+        entry = self._current_entry(file)
+        if entry is not None and trio.current_time() < entry.ready_at + self._settings.ttl_s:
+            return Lease(self, entry), True
+        if file.problem:
+            error = CiphertextInvalid(file.problem)
+            self._note_failure(file.path, error)
+            raise error
+        if self._waiting >= MAX_WAITING:
+            raise TooManyWaiting(f"{MAX_WAITING} opens wait already")
+        flight = self._flight_for(file, deadline)
+        return await self._join(flight, entry, deadline)
+
+    async def lock(self, end_workers: Callable[[], Awaitable[None]]) -> None:
+        """No new leases; decryptions cancelled; `end_workers` awaited; every slot wiped."""
+        self.locked = True
+        for flight in list(self._flights.values()):
+            flight.error = VolumeLocked("the volume was locked meanwhile")
+            flight.scope.cancel()
+        await end_workers()
+        self.wipe_all("lock")
+
+    def unlock(self) -> None:
+        """Serve again. Leases given before the lock stay dead."""
+        self.locked = False
+
+    def wipe_all(self, reason: str) -> None:
+        """Wipe every plaintext, leases or not."""
+        for entry in list(self._entries):
+            self._wipe(entry, reason)
+
+    def detach(self) -> None:
+        """From now on hold only what is open: wipe the rest, and everything at its last close."""
+        self._detached = True
+        for entry in list(self._entries):
+            self._retire(entry, "unmounted")
+
+    def end_lease(self, entry: _Entry) -> None:
+        """For `Lease.close` only."""
+        entry.leases -= 1
+        if entry.leases == 0 and not entry.wiped:
+            entry.idle_from = trio.current_time()
+            if not entry.current:
+                self._wipe(entry, "last close")
+            self._wake_sweeper()
+
+    def held(self) -> list[CachedFile]:
+        """What is held now."""
+        now = trio.current_time()
+        return [
+            CachedFile(
+                path=entry.path,
+                size_bytes=entry.slot.size_bytes,
+                age_s=now - entry.ready_at,
+                leases=entry.leases,
+                current=entry.current,
+            )
+            for entry in sorted(self._entries, key=lambda e: e.path)
+        ]
+
+    def memory_kinds(self) -> set[str]:
+        """Which kinds of memory the plaintexts held now lie in."""
+        return {entry.slot.kind for entry in self._entries if entry.slot.size_bytes}
+
+    # --- decrypting --------------------------------------------------------------------------
+
+    def _current_entry(self, file: SourceFile) -> _Entry | None:
+        entry = self._current.get(file.path)
+        if entry is not None and entry.version != file.version:
+            self._retire(entry, "newer version")
+            return None
+        return entry
+
+    def _flight_for(self, file: SourceFile, deadline: float) -> _Flight:
+        key = (file.path, file.version)
+        flight = self._flights.get(key)
+        if flight is None:
+            assert self._nursery is not None, "run() is not running"
+            flight = self._flights[key] = _Flight(file)
+            self._nursery.start_soon(self._fly, flight, deadline)
+        return flight
+
+    async def _join(
+        self, flight: _Flight, stale: _Entry | None, deadline: float
+    ) -> tuple[Lease, bool]:
+        # A lease of our own keeps a stale plaintext from being wiped while we wait.
+        fallback = Lease(self, stale) if stale is not None else None
+        self._waiting += 1
+        flight.waiting += 1
+        try:
+            with trio.CancelScope(deadline=deadline):
+                await flight.done.wait()
+            if flight.entry is not None and not flight.entry.wiped:
+                return Lease(self, flight.entry), False
+            error = flight.error or self._unfinished()
+            if fallback is not None and self._may_serve_stale(stale, error):
+                lease, fallback = fallback, None
+                return lease, True
+            raise error
+        finally:
+            self._waiting -= 1
+            flight.waiting -= 1
+            self._unpin(flight)
+            if fallback is not None:
+                fallback.close()
+
+    def _unfinished(self) -> KmsfsError:
+        if self.locked:
+            return VolumeLocked("the volume was locked meanwhile")
+        return DeadlineExceeded("no answer from KMS within the deadline")
+
+    def _may_serve_stale(self, entry: _Entry | None, error: KmsfsError) -> bool:
+        if entry is None or entry.wiped or not entry.current:
+            return False
+        kms_is_away = isinstance(error, KmsUnreachable | CredentialsUnavailable)
+        ends_at = entry.ready_at + self._settings.ttl_s + self._settings.stale_s
+        return kms_is_away and trio.current_time() < ends_at
+
+    async def _fly(self, flight: _Flight, deadline: float) -> None:
+        file = flight.file
+        started = trio.current_time()
+        try:
+            with flight.scope:
+                plaintext = await self._decrypt(file, deadline)
+                self._land(flight, plaintext, trio.current_time() - started)
+        except KmsfsError as error:
+            self._fail(flight, error, trio.current_time() - started)
+        except Exception as error:  # noqa: BLE001 - one bad file must not end the whole mount
+            # The class name only: a foreign exception's text may hold content.
+            bug = WorkerBug(f"{type(error).__name__} while decrypting")
+            self._fail(flight, bug, trio.current_time() - started)
+        finally:
+            del self._flights[file.path, file.version]
+            flight.done.set()
+
+    def _fail(self, flight: _Flight, error: KmsfsError, duration_s: float) -> None:
+        path = flight.file.path
+        flight.error = error
+        self._note_failure(path, error)
+        self._events.emit(
+            DecryptFailed(path=path, error=error.code, detail=error.detail, duration_s=duration_s)
+        )
+        refused = self._current.get(path)
+        if refused is not None and error.exit_code in _PURGING:
+            self._retire(refused, error.code)
+
+    def _land(self, flight: _Flight, plaintext: Plaintext, duration_s: float) -> None:
+        if self.locked:
+            plaintext.slot.wipe()
+            return
+        now = trio.current_time()
+        file = flight.file
+        older = self._current.get(file.path)
+        if older is not None:
+            self._retire(older, "decrypted anew")
+        entry = _Entry(file.path, file.version, plaintext.slot, ready_at=now, idle_from=now)
+        # Pinned until everybody who waits has a lease of their own.
+        entry.leases = 1
+        flight.entry = entry
+        entry.current = not self._detached
+        self._entries.add(entry)
+        if entry.current:
+            self._current[file.path] = entry
+        self.failures.pop(file.path, None)
+        self._events.emit(
+            Decrypted(
+                path=file.path,
+                size_bytes=plaintext.slot.size_bytes,
+                duration_s=duration_s,
+                key_id=plaintext.key_arn,
+                format=plaintext.format,
+            )
+        )
+        if flight.waiting == 0:
+            self._unpin(flight)
+
+    def _unpin(self, flight: _Flight) -> None:
+        if flight.waiting == 0 and flight.entry is not None:
+            entry, flight.entry = flight.entry, None
+            self.end_lease(entry)
+
+    def _note_failure(self, path: str, error: KmsfsError) -> None:
+        self.failures[path] = Failure(error.code, error.detail, error.hint, time.time())
+
+    # --- ending ------------------------------------------------------------------------------
+
+    def _wipe_at(self, entry: _Entry) -> float:
+        if entry.leases:
+            return math.inf
+        return min(
+            entry.ready_at + self._settings.ttl_s + self._settings.stale_s,
+            entry.idle_from + self._settings.idle_s,
+        )
+
+    def _sweep(self, now: float) -> float:
+        """Wipe what is due; returns when the next one is."""
+        for entry in [e for e in self._entries if self._wipe_at(e) <= now]:
+            self._wipe(entry, "expired")
+        return min((self._wipe_at(entry) for entry in self._entries), default=math.inf)
+
+    def _wake_sweeper(self) -> None:
+        self._sweep_again.set()
+        self._sweep_again = trio.Event()
+
+    def _evict(self, size_bytes: int) -> None:
+        """Make room for a plaintext: least recently used first, never one that is open."""
+        unused = sorted((e for e in self._entries if not e.leases), key=lambda e: e.idle_from)
+        for entry in unused:
+            if self._arena.has_room(size_bytes):
+                return
+            self._wipe(entry, "evicted")
+
+    def _retire(self, entry: _Entry, reason: str) -> None:
+        """No new leases on this entry; wiped now, or at its last close."""
+        entry.current = False
+        if self._current.get(entry.path) is entry:
+            del self._current[entry.path]
+        if entry.leases == 0:
+            self._wipe(entry, reason)
+
+    def _wipe(self, entry: _Entry, reason: str) -> None:
+        entry.slot.wipe()
+        entry.wiped = True
+        entry.current = False
+        self._entries.discard(entry)
+        if self._current.get(entry.path) is entry:
+            del self._current[entry.path]
+        self._events.emit(Wiped(path=entry.path, size_bytes=entry.slot.size_bytes, reason=reason))

@@ -1,0 +1,187 @@
+"""One mounted volume: source, policy, cache and decryptor, as the views see them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar, TypeVarTuple
+
+import trio
+
+from kmsfs.config import MountConfig, path_matches
+from kmsfs.decryptor.client import DecryptorClient, Plaintext
+from kmsfs.decryptor.rules import DecryptRules
+from kmsfs.errors import (
+    CiphertextChanging,
+    DeadlineExceeded,
+    FileTooLarge,
+    NameConflict,
+    SourceMissing,
+    VolumeLocked,
+)
+from kmsfs.events import EventSink
+from kmsfs.formats.binding import Place
+from kmsfs.memory.arena import Arena
+from kmsfs.store.cache import Lease, PlaintextCache
+from kmsfs.store.policy import Policy
+from kmsfs.store.source import (
+    Source,
+    SourceFile,
+    SourceNode,
+    Survey,
+)
+
+# Threads for disk I/O that may hang; each one stuck holds a place until its I/O ends.
+_IO_THREADS: Final = 64
+
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedFile:
+    """A file version somebody has open; `lease` is to be closed."""
+
+    file: SourceFile
+    lease: Lease
+    from_cache: bool
+
+
+class Volume:
+    """Looks up, opens and locks; every view serves from one of these.
+
+    Args:
+        config: of the mount.
+        source: its ciphertext.
+        arena: where plaintext goes.
+        client: who decrypts; its `run` is the caller's to run.
+    """
+
+    def __init__(
+        self,
+        config: MountConfig,
+        source: Source,
+        arena: Arena,
+        client: DecryptorClient,
+        events: EventSink,
+    ) -> None:
+        self._config = config
+        self._client = client
+        self._io_threads = trio.CapacityLimiter(_IO_THREADS)
+        prefix = os.path.relpath(config.source, config.volume_root)
+        self._prefix: Final = "" if prefix == "." else prefix + "/"
+        self.source: Final = source
+        self.arena: Final = arena
+        self.policy: Final = Policy(config.ownership, config.rules, prefix=self._prefix)
+        self.cache: Final = PlaintextCache(arena, config.cache, events, self._decrypt)
+
+    # --- metadata: never KMS -------------------------------------------------------------------
+
+    async def look_up(self, directory: str, name: str) -> SourceNode | None:
+        """What is served as `name` in a directory; None if nothing is."""
+        return await self._disk(self.source.lookup, directory, name)
+
+    async def node_at(self, path: str) -> SourceNode | None:
+        """What is served at `path`; the root is the empty string."""
+        if not path:
+            return await self._disk(self.source.directory, "")
+        directory, _, name = path.rpartition("/")
+        return await self.look_up(directory, name)
+
+    async def list_directory(self, path: str) -> list[SourceNode]:
+        """Everything served in a directory; in a thread, since directories can be large.
+
+        Raises:
+            SourceMissing, SourceUnreadable.
+        """
+        return await trio.to_thread.run_sync(
+            self.source.list_directory, path, abandon_on_cancel=True, limiter=self._io_threads
+        )
+
+    async def survey(self) -> Survey:
+        """Walk the whole source, in a thread."""
+        return await trio.to_thread.run_sync(
+            self.source.survey, abandon_on_cancel=True, limiter=self._io_threads
+        )
+
+    def may_be_unbound(self, file: SourceFile) -> bool:
+        """Whether a file that is not bound to its place is served all the same."""
+        if not self._config.binding_required:
+            return True
+        path = self._prefix + file.path
+        return any(path_matches(pattern, path) for pattern in self._config.unbound)
+
+    # --- content ---------------------------------------------------------------------------------
+
+    async def open_file(self, path: str, deadline: float) -> OpenedFile:
+        """Open the newest version of a file, decrypting it if need be.
+
+        A ciphertext that changes meanwhile is looked up and tried once more.
+
+        Args:
+            deadline: on trio's clock, for everything.
+
+        Raises:
+            SourceMissing, NameConflict, VolumeLocked, CiphertextChanging, DeadlineExceeded, and
+            whatever the decryption raises.
+        Cancellation: leaves the decryption running for others.
+        Plaintext: in the cache's slot, reachable through the lease.
+        """
+        with trio.CancelScope(deadline=deadline):
+            try:
+                return await self._open_newest(path, deadline)
+            except CiphertextChanging:
+                return await self._open_newest(path, deadline)
+        raise DeadlineExceeded("the open's deadline passed")
+
+    async def lock(self) -> None:
+        """No new leases; workers killed and reaped; every slot wiped. Again is harmless."""
+        await self.cache.lock(self._client.end_workers)
+
+    def unlock(self) -> None:
+        """Serve again; descriptors opened before the lock stay dead."""
+        self.cache.unlock()
+
+    async def _open_newest(self, path: str, deadline: float) -> OpenedFile:
+        if self.cache.locked:
+            raise VolumeLocked("the volume is locked")
+        node = await self.node_at(path)
+        if not isinstance(node, SourceFile):
+            raise SourceMissing(f"{path} is not served any more")
+        if node.rivals:
+            rivals = ", ".join((node.source_path, *node.rivals))
+            raise NameConflict(f"{path} is claimed by {rivals}")
+        lease, from_cache = await self.cache.acquire(node, deadline)
+        return OpenedFile(node, lease, from_cache)
+
+    async def _decrypt(self, file: SourceFile, deadline: float) -> Plaintext:
+        limit = self._config.cache.max_file_bytes
+        if file.size_exact and file.size_bytes > limit:
+            raise FileTooLarge(f"{file.size_bytes} bytes, {limit} at most")
+        fd, version = await self._disk(self.source.open_ciphertext, file.source_path)
+        try:
+            if version != file.version:
+                raise CiphertextChanging("the file changed before it was read")
+            plaintext = await self._client.decrypt(
+                fd, self._rules_for(file), version, key=file.key, deadline=deadline
+            )
+        finally:
+            os.close(fd)
+        self.source.remember_size(file.source_path, version, plaintext.slot.size_bytes)
+        return plaintext
+
+    def _rules_for(self, file: SourceFile) -> DecryptRules:
+        return DecryptRules.of(
+            self._config.kms,
+            Place(self._config.volume, self._prefix + file.path),
+            binding_required=not self.may_be_unbound(file),
+            unknown_as_blob=file.suffix_taken,
+            max_plaintext_bytes=self._config.cache.max_file_bytes,
+        )
+
+    async def _disk(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Short disk I/O: here where it is sure to end, else in a thread that can be left."""
+        if self.source.is_local:
+            return call(*args)
+        return await trio.to_thread.run_sync(
+            call, *args, abandon_on_cancel=True, limiter=self._io_threads
+        )
