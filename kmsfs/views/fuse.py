@@ -1,0 +1,319 @@
+"""The FUSE view: an adapter between pyfuse3 and the volume. Inodes and errnos, nothing else."""
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import FUSEError
+
+from kmsfs.errors import KmsfsError, SourceMissing
+from kmsfs.events import Event, EventSink, Opened, OpenRefused, Wiped
+from kmsfs.libc import PAGE_BYTES
+from kmsfs.memory.mapping import LockedMapping
+from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
+from kmsfs.store.volume import OpenedFile, Volume
+from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
+
+# The largest read that the kernel asks for (FUSE_MAX_MAX_PAGES pages).
+MAX_READ_BYTES: Final = 256 * PAGE_BYTES
+
+# How long the kernel may believe names and attributes: a change in the source is seen within
+# twice this.
+_TIMEOUT_S: Final = 1.0
+
+# Metadata is disk I/O only; this bounds a source that hangs.
+_METADATA_DEADLINE_S: Final = 5.0
+
+_BLOCK_BYTES: Final = 512  # unit of st_blocks, stat(2)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+def handler(
+    call: Callable[Concatenate["FuseView", P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["FuseView", P], Coroutine[Any, Any, T]]:
+    """Turn everything a handler can raise into an errno; anything else would end the mount.
+
+    trio.Cancelled is a BaseException and passes.
+    """
+
+    @functools.wraps(call)
+    async def wrapped(view: "FuseView", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await call(view, *args, **kwargs)
+        except FUSEError:
+            raise
+        except KmsfsError as error:
+            raise FUSEError(error.errno) from None
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except trio.TooSlowError:
+            raise FUSEError(errno.ETIMEDOUT) from None
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the mount
+            # The class name only: a foreign exception's text may hold content.
+            log.error("%s failed: %s", call.__name__, type(error).__name__)  # noqa: TRY400
+            raise FUSEError(errno.EIO) from None
+
+    return wrapped
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    inode: Inode
+    opened: OpenedFile
+
+
+class FuseView(pyfuse3.Operations):
+    """Serves a volume read-only.
+
+    It also listens to events: when a plaintext is wiped, pages the kernel may have cached of it
+    (by a private mmap) are dropped, by a task of `drop_pages_of_wiped_files`.
+
+    Args:
+        open_deadline_s: within which every open ends.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(self, volume: Volume, events: EventSink, *, open_deadline_s: float) -> None:
+        super().__init__()
+        self._volume = volume
+        self._events = events
+        self._open_deadline_s = open_deadline_s
+        self._inodes = InodeTable(SourceDirectory(path="", mtime_ns=0))
+        self._handles: dict[int, _Handle] = {}
+        self._listings: dict[int, list[SourceNode]] = {}
+        self._next_handle = itertools.count(1)
+        # /dev/fuse cannot take bytes out of memfd_secret; every reply passes through here.
+        self._bounce = LockedMapping.anonymous(MAX_READ_BYTES)
+        self._bounce_view = self._bounce.borrow(MAX_READ_BYTES)
+        self._bounce_used_bytes = 0
+        self._wiped_paths: set[str] = set()
+        self._wiped_event = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    # --- what the composition root calls -------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        """EventSink: note which files' pages the kernel must drop."""
+        if isinstance(event, Wiped):
+            self._wiped_paths.add(event.path)
+            self._wiped_event.set()
+
+    async def drop_pages_of_wiped_files(self) -> None:
+        """Have the kernel drop cached pages of wiped plaintexts, until cancelled."""
+        while True:
+            await self._wiped_event.wait()
+            self._wiped_event = trio.Event()
+            paths, self._wiped_paths = self._wiped_paths, set()
+            numbers = [number for path in paths for number in self._inodes.numbers_of(path)]
+            await trio.to_thread.run_sync(_invalidate, numbers, abandon_on_cancel=True)
+
+    async def drop_all_pages(self) -> None:
+        """Wipe the reply buffer, and have the kernel drop the pages of every file it knows.
+
+        Programs with a live map get SIGBUS, if reading the pages anew is refused.
+        """
+        self.wipe_reply_buffer()
+        numbers = self._inodes.files_known()
+        await trio.to_thread.run_sync(_invalidate, numbers, abandon_on_cancel=True)
+
+    def wipe_reply_buffer(self) -> None:
+        """Overwrite what the last reply left in the reply buffer."""
+        if self._bounce_used_bytes:
+            self._bounce.wipe(self._bounce_used_bytes)
+            self._bounce_used_bytes = 0
+
+    # --- metadata ------------------------------------------------------------------------------
+
+    @handler
+    async def lookup(
+        self, parent_inode: int, name: bytes, _ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name; see `Volume.look_up`."""
+        node = None
+        parent = self._inode(parent_inode)
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise FUSEError(errno.ENOENT) from None
+        with _metadata_deadline():
+            node = await self._volume.look_up(parent.path, text)
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        inode = self._inodes.assign(node)
+        inode.lookups += 1
+        return self._attributes(inode.number, inode.node)
+
+    @handler
+    async def getattr(self, inode: int, _ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Attributes of the version that is open, or else of the newest."""
+        known = self._inode(inode)
+        if known.opens == 0:
+            with _metadata_deadline():
+                node = await self._volume.node_at(known.path)
+            if node is None or isinstance(node, SourceFile) != isinstance(known.node, SourceFile):
+                raise FUSEError(errno.ENOENT)
+            if known.opens == 0:
+                known.node = node
+        return self._attributes(inode, known.node)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """The kernel drops references."""
+        for number, lookups in inode_list:
+            self._inodes.forget(number, lookups)
+
+    @handler
+    async def opendir(self, inode: int, _ctx: pyfuse3.RequestContext) -> int:
+        """Take a snapshot of a directory."""
+        path = self._inode(inode).path
+        with _metadata_deadline():
+            nodes = await self._volume.list_directory(path)
+        handle = next(self._next_handle)
+        self._listings[handle] = nodes
+        return handle
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """Names and attributes from the snapshot."""
+        nodes = self._listings[fh]
+        for index in range(start_id, len(nodes)):
+            node = nodes[index]
+            inode = self._inodes.assign(node)
+            attributes = self._attributes(inode.number, inode.node)
+            name = node.path.rpartition("/")[2].encode()
+            if not pyfuse3.readdir_reply(token, name, attributes, index + 1):
+                self._inodes.drop_unreferenced(inode)
+                return
+            inode.lookups += 1
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        """Drop a snapshot."""
+        self._listings.pop(fh, None)
+
+    @handler
+    async def statfs(self, _ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The budget of locked memory, as blocks."""
+        arena = self._volume.arena
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = PAGE_BYTES
+        data.f_blocks = arena.budget_bytes // PAGE_BYTES
+        data.f_bfree = data.f_bavail = (arena.budget_bytes - arena.used_bytes) // PAGE_BYTES
+        data.f_files = data.f_ffree = data.f_favail = 0
+        data.f_namemax = 255
+        return data
+
+    # --- content -------------------------------------------------------------------------------
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Decrypt if need be; all errors of a file surface here."""
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        known = self._inode(inode)
+        deadline = trio.current_time() + self._open_deadline_s
+        who = {"uid": ctx.uid, "gid": ctx.gid, "pid": ctx.pid}
+        try:
+            opened = await self._volume.open_file(known.path, deadline)
+        except KmsfsError as error:
+            self._events.emit(OpenRefused(path=known.path, error=error.code, **who))
+            if isinstance(error, SourceMissing):
+                raise FUSEError(errno.ESTALE) from None
+            raise
+        if known.opens and not same_version(known, opened.file):
+            # The kernel looks the name up again on ESTALE, and finds the new version's number.
+            opened.lease.close()
+            raise FUSEError(errno.ESTALE)
+        known.node = opened.file
+        known.opens += 1
+        handle = next(self._next_handle)
+        self._handles[handle] = _Handle(known, opened)
+        self._events.emit(Opened(path=known.path, from_cache=opened.from_cache, **who))
+        return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
+
+    # No await between filling the reply buffer and returning: pyfuse3 replies without a
+    # checkpoint, so nothing else can touch the buffer meanwhile.
+    @handler
+    async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
+        """Copy a range of the slot into the reply buffer, which is wiped right after the reply.
+
+        pyfuse3's type says bytes; it takes any contiguous buffer.
+        """
+        self.wipe_reply_buffer()
+        count = self._handles[fh].opened.lease.copy_to(self._bounce, off, size)
+        self._bounce_used_bytes = count
+        if self._token is None:
+            self._token = trio.lowlevel.current_trio_token()
+        self._token.run_sync_soon(self.wipe_reply_buffer, idempotent=True)
+        return self._bounce_view[:count]
+
+    @handler
+    async def release(self, fh: int) -> None:
+        """Give the lease back."""
+        handle = self._handles.pop(fh)
+        handle.inode.opens -= 1
+        handle.opened.lease.close()
+        self._inodes.drop_unreferenced(handle.inode)
+
+    # --- helpers -------------------------------------------------------------------------------
+
+    def _inode(self, number: int) -> Inode:
+        inode = self._inodes.get(number)
+        if inode is None:
+            raise FUSEError(errno.ESTALE)
+        return inode
+
+    def _attributes(self, number: int, node: SourceNode) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = number
+        entry.entry_timeout = _TIMEOUT_S
+        entry.attr_timeout = _TIMEOUT_S
+        entry.st_blksize = PAGE_BYTES
+        if isinstance(node, SourceDirectory):
+            permissions = self._volume.policy.of_directory()
+            entry.st_mode = stat.S_IFDIR | permissions.mode
+            # 1: link counts of directories are not kept, which find(1) understands.
+            entry.st_nlink = 2 if number == ROOT_NUMBER else 1
+            mtime_ns = node.mtime_ns
+        else:
+            permissions = self._volume.policy.of_file(node.path)
+            entry.st_mode = stat.S_IFREG | permissions.mode
+            entry.st_nlink = 1
+            entry.st_size = node.size_bytes
+            entry.st_blocks = -(-node.size_bytes // _BLOCK_BYTES)
+            if not node.size_exact:
+                # An estimate must not be believed for a moment: cp and tar would cut the file.
+                entry.attr_timeout = 0
+            mtime_ns = node.version[3]
+        entry.st_uid = permissions.uid
+        entry.st_gid = permissions.gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
+        return entry
+
+
+def _metadata_deadline() -> contextlib.AbstractContextManager[trio.CancelScope]:
+    return trio.fail_after(_METADATA_DEADLINE_S)
+
+
+def _invalidate(numbers: list[int]) -> None:
+    """Runs in a thread: on the event loop it would deadlock with a read under way."""
+    for number in numbers:
+        try:
+            pyfuse3.invalidate_inode(number)
+        except OSError as error:
+            # ENOENT: the kernel has forgotten the inode. ENODEV and EBADF: the mount is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN):
+                log.warning("inode %d was not invalidated: errno %s", number, error.errno)
