@@ -1,0 +1,75 @@
+"""The log: where its lines go, and which events become one. Never content."""
+
+import logging
+import logging.handlers
+import sys
+from typing import Final, Literal
+
+from kmsfs.events import (
+    Decrypted,
+    DecryptFailed,
+    Event,
+    LockChanged,
+    OpenRefused,
+    WorkerEnded,
+)
+
+Target = Literal["stderr", "syslog"]
+
+_SYSLOG_SOCKET: Final = "/dev/log"
+
+log = logging.getLogger("kmsfs")
+
+
+def set_up(target: Target, *, name: str) -> None:
+    """Send this process's log to standard error (journald reads it there) or to syslog.
+
+    Without a syslog socket nothing is logged: there is no file that a log could go to.
+    """
+    handler: logging.Handler = logging.NullHandler()
+    if target == "stderr":
+        handler = logging.StreamHandler(sys.stderr)
+    else:
+        try:
+            handler = logging.handlers.SysLogHandler(
+                _SYSLOG_SOCKET, facility=logging.handlers.SysLogHandler.LOG_DAEMON
+            )
+        except OSError:
+            handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(f"{name}: %(levelname)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+
+
+class LogSink:
+    """EventSink that writes lines. Served opens are not logged: they are audit's matter."""
+
+    def emit(self, event: Event) -> None:
+        """Write a line for what an administrator would look for."""
+        match event:
+            case Decrypted():
+                log.info(
+                    "decrypted %s: %d bytes in %.0f ms (%s, %s)",
+                    event.path,
+                    event.size_bytes,
+                    event.duration_s * 1000,
+                    event.format,
+                    event.key_id,
+                )
+            case DecryptFailed():
+                log.warning("%s: %s: %s", event.path, event.error, event.detail)
+            case OpenRefused():
+                log.info(
+                    "%s: open by uid %d, pid %d refused: %s",
+                    event.path,
+                    event.uid,
+                    event.pid,
+                    event.error,
+                )
+            case LockChanged():
+                log.warning("%s by uid %d", "locked" if event.locked else "unlocked", event.by_uid)
+            case WorkerEnded():
+                log.warning("worker %d ended: %s", event.pid, event.reason)
+            case _:
+                pass

@@ -1,0 +1,121 @@
+"""Gathers a mount's status, in the daemon: walks the source and looks at the cache; never KMS."""
+
+import os
+from typing import Final
+
+from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem
+from kmsfs.config import MountConfig
+from kmsfs.decryptor.client import DecryptorClient
+from kmsfs.memory.process import ProcessReport, report
+from kmsfs.store.source import SourceFile
+from kmsfs.store.volume import Volume
+
+# What a status names one by one; beyond it only the count tells.
+_MAX_NAMED: Final = 1000
+
+
+async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -> MountStatus:
+    """The mount as it is now."""
+    survey = await volume.survey()
+    held = volume.cache.held()
+    greeting = client.zygote_greeting
+    daemon = report(memory_locked=False)
+    unbound = [file.path for file in survey.files if not file.bound and volume.may_be_unbound(file)]
+    kinds = tuple(sorted(volume.cache.memory_kinds()))
+    return MountStatus(
+        mountpoint=config.mountpoint,
+        source=config.source,
+        volume=config.volume,
+        view="fuse",
+        locked=volume.cache.locked,
+        served=len(survey.files),
+        ignored_count=len(survey.ignored),
+        ignored=tuple(
+            NamedProblem(path=path, reason=reason) for path, reason in survey.ignored[:_MAX_NAMED]
+        ),
+        unbound_count=len(unbound),
+        unbound=tuple(unbound[:_MAX_NAMED]),
+        failing=tuple(_failing(volume, survey.files))[:_MAX_NAMED],
+        cached=tuple(
+            CachedPlaintext(
+                path=entry.path,
+                size_bytes=entry.size_bytes,
+                age_s=round(entry.age_s, 3),
+                open_by=entry.leases,
+            )
+            for entry in held[:_MAX_NAMED]
+        ),
+        cached_bytes=volume.arena.used_bytes,
+        budget_bytes=volume.arena.budget_bytes,
+        key_ids=config.kms.key_ids,
+        credential_source=None if greeting is None else greeting.credential_source,
+        daemon_pid=os.getpid(),
+        zygote_pid=None if greeting is None else greeting.pid,
+        worker_pids=client.worker_pids,
+        daemon=daemon,
+        workers=client.worker_report,
+        plaintext_in=kinds,
+        weaknesses=tuple(_weaknesses(config, volume, client, daemon, kinds)),
+    )
+
+
+def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> list[NamedProblem]:
+    failures = volume.cache.failures
+    problems = []
+    for file in files:
+        failure = failures.get(file.path)
+        if file.rivals:
+            rivals = ", ".join((file.source_path, *file.rivals))
+            problems.append(
+                NamedProblem(path=file.path, reason=f"NameConflict: claimed by {rivals}")
+            )
+        elif file.problem:
+            problems.append(
+                NamedProblem(path=file.path, reason=f"CiphertextInvalid: {file.problem}")
+            )
+        elif not file.bound and not volume.may_be_unbound(file):
+            problems.append(
+                NamedProblem(
+                    path=file.path,
+                    reason="NotBound: it is not bound to its place, and binding is required",
+                    hint="encrypt it with `kmsfs encrypt`, or name it under unbound",
+                )
+            )
+        elif failure is not None:
+            problems.append(
+                NamedProblem(
+                    path=file.path,
+                    reason=f"{failure.error}: {failure.detail}",
+                    hint=failure.hint,
+                )
+            )
+    return problems
+
+
+def _weaknesses(
+    config: MountConfig,
+    volume: Volume,
+    client: DecryptorClient,
+    daemon: ProcessReport,
+    kinds: tuple[str, ...],
+) -> list[str]:
+    greeting, workers = client.zygote_greeting, client.worker_report
+    weaknesses = []
+    if "memfd" in kinds:
+        weaknesses.append("plaintext lies in a locked memfd: this kernel has no memfd_secret")
+    if not daemon.undumpable or not daemon.core_limit_zero:
+        weaknesses.append("the daemon's memory could be dumped")
+    if workers is not None and not workers.memory_locked:
+        weaknesses.append("workers could not lock their memory: raise the locked-memory limit")
+    if workers is not None and not workers.allocator_scrubs:
+        weaknesses.append("workers do not overwrite freed memory")
+    if greeting is not None and greeting.credential_source == "environment":
+        weaknesses.append("credentials come from environment variables: a role is stronger")
+    if volume.arena.budget_bytes < config.cache.max_bytes:
+        weaknesses.append(
+            f"locked memory is limited to {volume.arena.budget_bytes} bytes, "
+            f"{config.cache.max_bytes} are configured"
+        )
+    if config.kms.any_key:
+        weaknesses.append("any key is accepted for bare blobs")
+    return weaknesses

@@ -1,0 +1,58 @@
+"""What `kmsfs status` shows: the record that crosses the control socket. Light to import."""
+
+import msgspec
+
+from kmsfs.memory.process import ProcessReport
+
+
+class NamedProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """A file, and what is the matter with it."""
+
+    path: str
+    reason: str
+    hint: str = ""
+
+
+class CachedPlaintext(msgspec.Struct, frozen=True, kw_only=True):
+    """A plaintext that is in locked memory now."""
+
+    path: str
+    size_bytes: int
+    age_s: float
+    open_by: int
+
+
+class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an administrator may know of a mount; identifiers and numbers only.
+
+    Attributes:
+        served, ignored_count, unbound_count: numbers of files.
+        failing: files whose last open failed, or that can never be decrypted.
+        unbound: files served although they are not bound to their place.
+        plaintext_in: the kinds of memory that plaintexts lie in.
+        weaknesses: guarantees that do not hold, in words.
+    """
+
+    mountpoint: str
+    source: str
+    volume: str | None
+    view: str
+    locked: bool
+    served: int
+    ignored_count: int
+    ignored: tuple[NamedProblem, ...]
+    unbound_count: int
+    unbound: tuple[str, ...]
+    failing: tuple[NamedProblem, ...]
+    cached: tuple[CachedPlaintext, ...]
+    cached_bytes: int
+    budget_bytes: int
+    key_ids: tuple[str, ...]
+    credential_source: str | None
+    daemon_pid: int
+    zygote_pid: int | None
+    worker_pids: tuple[int, ...]
+    daemon: ProcessReport
+    workers: ProcessReport | None
+    plaintext_in: tuple[str, ...]
+    weaknesses: tuple[str, ...]
