@@ -1,0 +1,151 @@
+"""`kmsfs mount` and `kmsfs umount`."""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+
+import click
+
+from kmsfs.cli.options import (
+    AwsOptions,
+    any_key_option,
+    aws_options,
+    encryption_context_option,
+    key_ids_option,
+)
+from kmsfs.errors import ControlUnavailable, MountpointUnusable
+
+# Unmounting includes wiping; a daemon that takes longer is reported, not waited for.
+_END_S = 20.0
+
+
+@click.command()
+@click.argument("source", type=click.Path())
+@click.argument("mountpoint", type=click.Path())
+@key_ids_option
+@any_key_option
+@encryption_context_option
+@click.option("--owner", metavar="USER", help="Owner of files and directories: name or number.")
+@click.option("--group", metavar="GROUP", help="Group of files and directories: name or number.")
+@click.option("--mode", metavar="OCTAL", help="Permissions of files; 0400 by default.")
+@click.option("--dir-mode", metavar="OCTAL", help="Permissions of directories; 0555 by default.")
+@click.option("--view", type=click.Choice(["fuse", "auto"]), help="How to serve the files.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
+@click.option(
+    "-o",
+    "option_texts",
+    multiple=True,
+    metavar="OPTIONS",
+    help="Mount options as in mount(8): each option above by its name with underscores, "
+    "allow_other, and those that mount passes along.",
+)
+@aws_options
+def mount(
+    aws: AwsOptions,
+    *,
+    source: str,
+    mountpoint: str,
+    key_ids: tuple[str, ...],
+    any_key: bool,
+    encryption_context: dict[str, str],
+    owner: str | None,
+    group: str | None,
+    mode: str | None,
+    dir_mode: str | None,
+    view: str | None,
+    foreground: bool,
+    option_texts: tuple[str, ...],
+) -> int:
+    """Serve the ciphertext files of SOURCE as plain files at MOUNTPOINT.
+
+    Returns when the mount is ready, or says why it is not. Files are decrypted when they are
+    first opened, into locked memory.
+    """
+    from kmsfs.admin import eventlog
+    from kmsfs.launcher import launch
+    from kmsfs.manage.keys import KeyOptions
+    from kmsfs.manage.mounting import MountOptions, mount_config, with_option_text
+
+    options = MountOptions(
+        keys=KeyOptions(
+            key_ids=key_ids,
+            any_key=any_key,
+            encryption_context=encryption_context,
+            profile=aws.profile,
+            region=aws.region,
+            endpoint_url=aws.endpoint_url,
+        ),
+        owner=owner,
+        group=group,
+        mode=mode,
+        dir_mode=dir_mode,
+        view=view,
+    )
+    for text in option_texts:
+        options = with_option_text(options, text)
+    config = mount_config(source, mountpoint, options)
+    eventlog.set_up("stderr" if foreground else "syslog", name="kmsfs")
+    return launch(config, foreground=foreground, ready=lambda: None)
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path())
+def umount(mountpoint: str) -> None:
+    """Unmount MOUNTPOINT, and return when every plaintext is wiped."""
+    from kmsfs.admin import control
+    from kmsfs.views import mountpoint as mounts
+
+    path = mounts.resolve(mountpoint)
+    found = mounts.find_mount(path)
+    if found is None or found.fs_type != mounts.FS_TYPE:
+        raise MountpointUnusable(f"nothing of kmsfs is mounted at {path}")
+    connection: socket.socket | None = None
+    with contextlib.suppress(ControlUnavailable):
+        connection = control.connect(found.device, os.geteuid())
+    try:
+        mounts.unmount(path, lazy=connection is None and mounts.is_dead(path))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise MountpointUnusable(f"unmounting {path}: {error.strerror}") from error
+        raise MountpointUnusable(
+            f"{path} is busy: {_who(found)}",
+            hint="end them first; `kmsfs lock` wipes every plaintext at once, "
+            "and `umount -l` unmounts when they are done",
+        ) from error
+    if connection is not None:
+        with connection:
+            _await_end(connection, path)
+
+
+def _await_end(connection: socket.socket, path: str) -> None:
+    """Wait until the launcher, which listens at the other end, has ended."""
+    from kmsfs.admin import control
+
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, control.UCRED_BYTES)
+    launcher_pid, _ = control.parse_credentials(ucred)
+    try:
+        pidfd = os.pidfd_open(launcher_pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(_END_S * 1000):
+            raise ControlUnavailable(
+                f"{path} is unmounted, but process {launcher_pid} has not ended",
+                hint="it may be mounted elsewhere too: see /proc/*/mountinfo",
+            )
+    finally:
+        os.close(pidfd)
+
+
+def _who(found: object) -> str:
+    from kmsfs.views import mountpoint as mounts
+
+    assert isinstance(found, mounts.Mount)
+    holders = mounts.holders(found)
+    if not holders:
+        return "somebody whom this user may not see uses it"
+    return ", ".join(f"{holder.name} (pid {holder.pid}) {holder.by}" for holder in holders[:8])
