@@ -82,7 +82,7 @@ def encrypt(
         try:
             done = encrypt_file(name, options, services)
         except KmsfsError as error:
-            messages.failure(error, about=name)
+            messages.failure(error, about=_shown(name))
             failures.append(error)
             continue
         left_alone += name != STANDARD_INPUT
@@ -115,7 +115,7 @@ def decrypt(
     any_key: bool,
     encryption_context: dict[str, str],
     force: bool,
-) -> None:
+) -> ExitCode:
     """Decrypt FILE to standard output.
 
     The keys that may be asked are those given with --key-id, or else the volume's. FILE may be -
@@ -145,21 +145,26 @@ def decrypt(
         region=aws.region,
         endpoint_url=aws.endpoint_url,
     )
-    target = output_path(file, path, output) if output is not None else None
-    if target is not None:
-        check_output(target, replace=force)
-    with decrypt_file(file, path, options) as plaintext:
-        if plaintext.warning:
-            messages.warning(f"{file}: {plaintext.warning}")
+    try:
+        target = output_path(file, path, output) if output is not None else None
         if target is not None:
-            write_file(target, plaintext.content, replace=force)
-            on_disk = directory_lies_on_disk(target.parent)
-        else:
-            _write_standard_output(plaintext.content)
-            on_disk = lies_on_disk(sys.stdout.fileno())
+            check_output(target, replace=force)
+        with decrypt_file(file, path, options) as plaintext:
+            if plaintext.warning:
+                messages.warning(f"{_shown(file)}: {plaintext.warning}")
+            if target is not None:
+                write_file(target, plaintext.content, replace=force)
+                on_disk = directory_lies_on_disk(target.parent)
+            else:
+                _write_standard_output(plaintext.content)
+                on_disk = lies_on_disk(sys.stdout.fileno())
+    except KmsfsError as error:
+        messages.failure(error, about=_shown(file))
+        return error.exit_code
     if on_disk:
         where = target if target is not None else "standard output"
         messages.warning(f"{where} lies on disk, and holds plaintext now")
+    return ExitCode.DONE
 
 
 @click.command()
@@ -189,6 +194,10 @@ def inspect(files: tuple[str, ...], as_json: bool) -> ExitCode:
     if any(inspection.problem is not None for inspection in found):
         return ExitCode.NOT_AUTHENTIC
     return _status_of(failures, len(files))
+
+
+def _shown(name: str) -> str:
+    return "standard input" if name == "-" else name
 
 
 def _status_of(failures: list[KmsfsError], count: int) -> ExitCode:

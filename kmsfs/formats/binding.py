@@ -52,14 +52,14 @@ def check_place(context: Mapping[str, str], place: Place, *, required: bool) -> 
         ContextMismatch: it names another volume or path.
         NotBound: binding is required and it is not bound to both.
     """
-    for key, here, what in (
-        (VOLUME_KEY, place.volume, "volume"),
-        (PATH_KEY, place.path, "path"),
+    for key, here, what, lies in (
+        (VOLUME_KEY, place.volume, "volume", "in"),
+        (PATH_KEY, place.path, "path", "at"),
     ):
         named = context.get(key)
         if named is not None and named != here:
-            found = f"{what} {here!r}" if here is not None else f"no {what}"
-            raise ContextMismatch(f"bound to {what} {named!r}, but lies in {found}")
+            found = f"{lies} {here!r}" if here is not None else f"{lies} no {what}"
+            raise ContextMismatch(f"bound to {what} {named!r}, but lies {found}")
         if named is None and required:
             raise NotBound(f"its encryption context names no {what}")
 
