@@ -173,7 +173,7 @@ class Daemon:
 def main(argv: list[str]) -> int:
     """Be the daemon; returns the exit status."""
     fuse_fd, launcher_fd, control_fd, config_fd = (int(text) for text in argv[:4])
-    process.harden()
+    process.harden("kmsfs-daemon")
     process.forbid_new_privileges()
     eventlog.set_up("stderr" if argv[4] == "stderr" else "syslog", name="kmsfs")
     # A terminal's ^C is the launcher's to handle.

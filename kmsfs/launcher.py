@@ -20,6 +20,7 @@ from typing import Final
 
 import msgspec
 
+from kmsfs import libc
 from kmsfs.admin import control
 from kmsfs.config import MountConfig
 from kmsfs.decryptor import wire
@@ -100,6 +101,7 @@ class Launcher:
             KmsfsError: why it cannot be; nothing is left mounted or running.
         """
         self._catch_signals()
+        libc.set_process_name("kmsfs-launcher")
         mounts.prepare(self._config.mountpoint)
         process.raise_memlock_limit(self._config.cache.max_bytes + _MEMLOCK_MARGIN_BYTES)
         try:

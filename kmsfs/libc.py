@@ -54,6 +54,7 @@ MCL_ONFAULT: Final = 4
 PR_SET_PDEATHSIG: Final = 1
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
+PR_SET_NAME: Final = 15
 PR_SET_NO_NEW_PRIVS: Final = 38
 
 RESOLVE_NO_MAGICLINKS: Final = 0x02
@@ -158,6 +159,12 @@ def prctl(option: int, value: int = 0) -> int:
     if result < 0:
         _raise_errno()
     return result
+
+
+def set_process_name(name: str) -> None:
+    """What ps and /proc/PID/comm call this process; 15 bytes at most (PR_SET_NAME)."""
+    buffer = ctypes.create_string_buffer(name.encode()[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
 
 
 def mount(source: str, target: str, fs_type: str, flags: int, data: str) -> None:

@@ -196,7 +196,7 @@ def main(sock: socket.socket, settings: KmsSettings, zygote_pid: int) -> NoRetur
     status = 70
     try:
         process.end_with_parent(zygote_pid)
-        process.harden()
+        process.harden("kmsfs-worker")
         memory_locked = process.lock_all_memory()
         Worker(sock, settings, memory_locked=memory_locked).run()
         status = 0

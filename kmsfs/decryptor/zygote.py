@@ -83,7 +83,7 @@ class Zygote:
 def main(argv: list[str]) -> None:
     """Be the zygote; returns when the daemon has closed its end."""
     socket_fd, settings_fd = (int(text) for text in argv)
-    process.harden()
+    process.harden("kmsfs-zygote")
     silence_content_loggers()
     with open(settings_fd, "rb") as file:
         settings = msgspec.json.decode(file.read(), type=KmsSettings)

@@ -30,12 +30,16 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     allocator_scrubs: bool
 
 
-def harden() -> None:
-    """Make this process undumpable, without core files, and unable to gain privileges.
+def harden(name: str) -> None:
+    """Make this process undumpable and without core files, and name it.
 
     Undumpable also means: no ptrace and no /proc/PID/mem for other processes of the same user.
     exec resets it, so every process calls this for itself.
+
+    Args:
+        name: for ps and /proc/PID/comm, 15 bytes at most.
     """
+    libc.set_process_name(name)
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

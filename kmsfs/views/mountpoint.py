@@ -82,9 +82,12 @@ def resolve(mountpoint: str) -> str:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether the daemon behind a mount is gone."""
+    """Whether the daemon behind a mount is gone.
+
+    statfs is never answered from the kernel's cache, as a stat of the root may be.
+    """
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
