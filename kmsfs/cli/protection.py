@@ -12,7 +12,7 @@ from kmsfs.memory import process
 
 def protect_process() -> None:
     """No core dump, no swap where it can be helped, and no half-written file at SIGTERM."""
-    process.harden()
+    process.harden("kmsfs")
     if not process.lock_all_memory() and _has_swap():
         messages.warning("this process's memory cannot be locked: plaintext may reach swap")
         messages.hint("raise the locked-memory limit (ulimit -l, LimitMEMLOCK)")
