@@ -1,0 +1,237 @@
+"""AWS KMS through botocore; beside this module only `aws_session` and `aws_errors` import it.
+
+Botocore leaves plaintext on the heap in forms that nothing can wipe: a mount calls this in
+workers only, whose end is the eraser. Its loggers show response bodies at DEBUG; nothing here
+touches their levels.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import botocore.exceptions
+
+from kmsfs.config import KmsSettings
+from kmsfs.errors import (
+    CiphertextInvalid,
+    CredentialsUnavailable,
+    DeadlineExceeded,
+    KmsAnswerInvalid,
+    PlaintextTooLarge,
+    RegionUnknown,
+    UsageInvalid,
+)
+from kmsfs.keys import aws_errors, deadline
+from kmsfs.keys.aws_session import AwsSession, credential_source, region_of, warm_up
+from kmsfs.keys.service import DataKey, Decryption, Encryption
+
+__all__ = ["AwsKeyService", "credential_source", "warm_up"]
+
+# KMS API Reference: CiphertextBlob of Decrypt, Plaintext of Encrypt, NumberOfBytes.
+MAX_CIPHERTEXT_BYTES: Final = 6144
+MAX_PLAINTEXT_BYTES: Final = 4096
+MAX_DATA_KEY_BYTES: Final = 1024
+
+_KEY_ARN: Final = re.compile(r"arn:[^:]+:kms:[^:]+:[0-9]+:key/[^/:]+")
+
+
+class AwsKeyService:
+    """`KeyService` over AWS KMS.
+
+    Credentials are resolved at the first call and kept, refreshed by botocore where their source
+    can do so. Where none were found or KMS refuses them, everything is dropped, and what the
+    environment and the files say by then is used: once more in the same call if the refused ones
+    had been kept, else in the next.
+
+    Clients are kept by region: that of the key's ARN, else the one of the settings, else
+    botocore's own (AWS_DEFAULT_REGION, the profile).
+
+    Every call ends within its time, see `kmsfs.keys.deadline` for the means.
+
+    Args:
+        settings: profile, role_arn, region, endpoint_url and deadline_s are used. endpoint_url
+            is that of KMS alone; STS has AWS_ENDPOINT_URL_STS.
+        deadline_s: time for each call in seconds, in place of `settings.deadline_s`.
+    """
+
+    def __init__(self, settings: KmsSettings, *, deadline_s: float | None = None) -> None:
+        self._settings = settings
+        self._call_s = settings.deadline_s if deadline_s is None else deadline_s
+        self._ends_at: float | None = None
+        self._session: AwsSession | None = None
+
+    def set_deadline(self, seconds: float | None) -> None:
+        """Give all calls from now on, together, this time; None for each its own again."""
+        self._ends_at = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def credential_source(self) -> str | None:
+        """Where the credentials in use came from; None before the first call.
+
+        `environment`, or botocore's name: `shared-credentials-file`, `config-file`, `sso`,
+        `custom-process`, `assume-role`, `assume-role-with-web-identity`, `container-role`,
+        `iam-role`, `login`.
+        """
+        return None if self._session is None else self._session.credential_source
+
+    def decrypt(
+        self, ciphertext: bytes, *, key_id: str | None, encryption_context: Mapping[str, str]
+    ) -> Decryption:
+        """As `KeyService.decrypt`.
+
+        Raises:
+            KmsAnswerInvalid: also where KMS names another key than the one whose ARN was sent.
+        """
+        if not 1 <= len(ciphertext) <= MAX_CIPHERTEXT_BYTES:
+            raise CiphertextInvalid(
+                f"{len(ciphertext)} bytes are no KMS ciphertext blob "
+                f"(1 to {MAX_CIPHERTEXT_BYTES} bytes)"
+            )
+        parameters: dict[str, Any] = {
+            "CiphertextBlob": ciphertext,
+            "EncryptionContext": dict(encryption_context),
+        }
+        if key_id is not None:
+            parameters["KeyId"] = key_id
+        answer = self._call("Decrypt", key_id, parameters)
+        plaintext = _take_bytes(answer, "Plaintext", "Decrypt", MAX_PLAINTEXT_BYTES)
+        return Decryption(plaintext, _take_key_arn(answer, "Decrypt", key_id))
+
+    def encrypt(
+        self, plaintext: bytes, *, key_id: str, encryption_context: Mapping[str, str]
+    ) -> Encryption:
+        """As `KeyService.encrypt`.
+
+        Raises:
+            PlaintextTooLarge: more than 4096 bytes.
+            UsageInvalid: no bytes at all.
+        """
+        if not plaintext:
+            raise UsageInvalid("KMS does not encrypt an empty plaintext")
+        if len(plaintext) > MAX_PLAINTEXT_BYTES:
+            raise PlaintextTooLarge(
+                f"{len(plaintext)} bytes, KMS encrypts {MAX_PLAINTEXT_BYTES} at most"
+            )
+        answer = self._call(
+            "Encrypt",
+            key_id,
+            {
+                "KeyId": key_id,
+                "Plaintext": plaintext,
+                "EncryptionContext": dict(encryption_context),
+            },
+        )
+        ciphertext = _take_bytes(answer, "CiphertextBlob", "Encrypt", MAX_CIPHERTEXT_BYTES)
+        return Encryption(ciphertext, _take_key_arn(answer, "Encrypt", key_id))
+
+    def generate_data_key(
+        self, *, key_id: str, size_bytes: int, encryption_context: Mapping[str, str]
+    ) -> DataKey:
+        """As `KeyService.generate_data_key`.
+
+        Raises:
+            UsageInvalid: `size_bytes` is not from 1 to 1024.
+        """
+        if not 1 <= size_bytes <= MAX_DATA_KEY_BYTES:
+            raise UsageInvalid(f"KMS gives data keys of 1 to {MAX_DATA_KEY_BYTES} bytes")
+        operation = "GenerateDataKey"
+        answer = self._call(
+            operation,
+            key_id,
+            {
+                "KeyId": key_id,
+                "NumberOfBytes": size_bytes,
+                "EncryptionContext": dict(encryption_context),
+            },
+        )
+        plaintext = _take_bytes(answer, "Plaintext", operation, size_bytes)
+        if len(plaintext) != size_bytes:
+            raise KmsAnswerInvalid(f"{operation}: a data key of {len(plaintext)} bytes")
+        ciphertext = _take_bytes(answer, "CiphertextBlob", operation, MAX_CIPHERTEXT_BYTES)
+        return DataKey(plaintext, ciphertext, _take_key_arn(answer, operation, key_id))
+
+    def resolve_key_arn(self, key_id: str) -> str:
+        """As `KeyService.resolve_key_arn`."""
+        operation = "DescribeKey"
+        metadata = self._call(operation, key_id, {"KeyId": key_id}).get("KeyMetadata")
+        arn = metadata.get("Arn") if isinstance(metadata, dict) else None
+        return _take_key_arn({"KeyId": arn}, operation, key_id)
+
+    # --- calling -------------------------------------------------------------------------------
+
+    def _call(
+        self, operation: str, key_id: str | None, parameters: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        seconds = self._call_s
+        if self._ends_at is not None:
+            seconds = self._ends_at - time.monotonic()
+        with self._dropping_on_refusal(), deadline.limit(seconds):
+            if self._session is not None:
+                with contextlib.suppress(CredentialsUnavailable), self._dropping_on_refusal():
+                    return self._call_once(operation, key_id, parameters)
+            return self._call_once(operation, key_id, parameters)
+
+    @contextlib.contextmanager
+    def _dropping_on_refusal(self) -> Iterator[None]:
+        try:
+            yield
+        except (CredentialsUnavailable, DeadlineExceeded):
+            self._session = None
+            raise
+
+    def _call_once(
+        self, operation: str, key_id: str | None, parameters: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            session = self._session
+            if session is None:
+                self._session = session = AwsSession(self._settings)
+            region = region_of(key_id) or session.region
+            if region is None:
+                raise RegionUnknown(f"{aws_errors.describe(operation, key_id)}: no region is known")
+            method = getattr(session.client(region), _METHODS[operation])
+            try:
+                answer = method(**parameters)
+            except aws_errors.UNREADABLE_ANSWER as error:
+                if isinstance(error, botocore.exceptions.BotoCoreError):
+                    raise
+                raise KmsAnswerInvalid(
+                    f"{operation}: the answer cannot be read ({type(error).__name__})"
+                ) from None
+        except botocore.exceptions.ClientError as error:
+            raise aws_errors.translate_client_error(error, operation, key_id) from None
+        except botocore.exceptions.BotoCoreError as error:
+            raise aws_errors.translate_botocore_error(error, operation, key_id) from None
+        if not isinstance(answer, dict):
+            raise KmsAnswerInvalid(f"{operation}: the answer is no structure")
+        return answer
+
+
+_METHODS: Final = {
+    "Decrypt": "decrypt",
+    "Encrypt": "encrypt",
+    "GenerateDataKey": "generate_data_key",
+    "DescribeKey": "describe_key",
+}
+
+
+def _take_bytes(answer: dict[str, Any], name: str, operation: str, max_bytes: int) -> bytes:
+    """Take a field out of an answer, so that nothing else refers to it."""
+    value = answer.pop(name, None)
+    if not isinstance(value, bytes) or not 1 <= len(value) <= max_bytes:
+        raise KmsAnswerInvalid(f"{operation}: {name} is missing or not what KMS gives")
+    return value
+
+
+def _take_key_arn(answer: Mapping[str, Any], operation: str, key_id: str | None) -> str:
+    arn = answer.get("KeyId")
+    if not isinstance(arn, str) or not _KEY_ARN.fullmatch(arn):
+        raise KmsAnswerInvalid(f"{operation}: KeyId is missing or no key ARN")
+    if key_id is not None:
+        is_alias = key_id.startswith("alias/") or ":alias/" in key_id
+        named = arn if key_id.startswith("arn:") else arn.rpartition("/")[2]
+        if not is_alias and named != key_id:
+            raise KmsAnswerInvalid(f"{operation}: KMS answered with {arn} for {key_id}")
+    return arn

@@ -1,0 +1,264 @@
+"""Sessions, credentials and clients of botocore, and what a zygote prepares of them.
+
+Nothing here asks KMS for anything; getting credentials may ask STS, SSO, a metadata service or a
+program that the profile names.
+"""
+
+import codecs
+import contextlib
+import os
+import re
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+import botocore.exceptions
+from botocore.client import BaseClient
+from botocore.config import Config
+from botocore.credentials import (
+    AssumeRoleCredentialFetcher,
+    CredentialProvider,
+    CredentialResolver,
+    Credentials,
+    DeferredRefreshableCredentials,
+    create_credential_resolver,
+)
+from botocore.loaders import Loader
+from botocore.session import Session
+
+from kmsfs.config import KmsSettings
+from kmsfs.errors import ConfigInvalid, CredentialsUnavailable
+from kmsfs.keys import deadline
+from kmsfs.keys.aws_errors import CREDENTIAL_SOURCE_FAILURES
+
+# Botocore's defaults wait 60 s for each connection and each read, five times over.
+CONNECT_TIMEOUT_S: Final = 1.0
+READ_TIMEOUT_S: Final = 2.0
+ATTEMPTS: Final = 3
+
+_ROLE_SESSION_NAME: Final = "kmsfs"
+
+_ARN: Final = re.compile(r"arn:[^:]+:kms:([^:]+):[^:]*:(?:key|alias)/.+")
+
+# What botocore calls the environment; its other names are words of the AWS documentation.
+_SOURCE_NAMES: Final = {"env": "environment"}
+
+_UNSET: Final = (None, None, None, None)
+_NO_FILE: Final = (None, None, os.devnull, None)
+_PLACEHOLDER: Final = "placeholder"
+
+
+class AwsSession:
+    """Credentials from one moment on, and the clients that use them, by region.
+
+    Files and environment are read when first needed, and not again; botocore refreshes what its
+    source can refresh. Make a new one where credentials were not there or are refused.
+    """
+
+    def __init__(self, settings: KmsSettings) -> None:
+        self._endpoint_url = settings.endpoint_url
+        self._session = _take_session(settings)
+        self._region = settings.region
+        self._region_known = settings.region is not None
+        self._clients: dict[str, BaseClient] = {}
+        self._credentials: Credentials | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def region(self) -> str | None:
+        """The region for keys whose name has none.
+
+        Raises: botocore's errors of configuration, such as ProfileNotFound.
+        """
+        if not self._region_known:
+            self._region = self._session.get_config_variable("region")
+            self._region_known = True
+        return self._region
+
+    @property
+    def credential_source(self) -> str | None:
+        """Where the credentials came from; None before there are any."""
+        if self._credentials is None:
+            return None
+        return _SOURCE_NAMES.get(self._credentials.method, self._credentials.method)
+
+    def client(self, region: str) -> BaseClient:
+        """The KMS client for a region, with credentials that are there and not expired.
+
+        Raises:
+            CredentialsUnavailable: there are none.
+            ConfigInvalid: endpoint_url is no URL.
+            botocore's own errors.
+        """
+        with self._lock:
+            if self.region is None:
+                # Sources that ask STS do it where KMS is, as for botocore's own clients.
+                self._session.set_config_variable("region", region)
+            self._credentials = _fresh_credentials(self._session)
+            if region not in self._clients:
+                self._clients[region] = self._new_client(region)
+            return self._clients[region]
+
+    def _new_client(self, region: str) -> BaseClient:
+        try:
+            client = self._session.create_client(
+                "kms", region_name=region, endpoint_url=self._endpoint_url
+            )
+        except botocore.exceptions.BotoCoreError:
+            raise
+        except ValueError:
+            raise ConfigInvalid("the endpoint URL of KMS is not a URL") from None
+        client.meta.events.register("before-send.kms", _check_deadline)
+        return client
+
+
+def region_of(key_id: str | None) -> str | None:
+    """The region in the ARN of a key or alias; None for anything else."""
+    found = _ARN.fullmatch(key_id) if key_id is not None else None
+    return found[1] if found is not None else None
+
+
+def credential_source(settings: KmsSettings) -> str | None:
+    """Where credentials will come from, as far as that shows without reading any.
+
+    Returns: `assume-role`, `environment`, or None where files and metadata services decide.
+        `AwsKeyService.credential_source` knows after the first call.
+    """
+    if settings.role_arn is not None:
+        return _RoleProvider.METHOD
+    if settings.profile is None and os.environ.get("AWS_ACCESS_KEY_ID"):
+        return _SOURCE_NAMES["env"]
+    return None
+
+
+# --- before fork -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Warm:
+    """What a zygote prepared for its children; each has a copy of its own.
+
+    Attributes:
+        loader: botocore's data files, parsed.
+        session: a session for `settings` that has read no file yet; taken once.
+    """
+
+    settings: KmsSettings
+    loader: Loader
+    session: Session | None
+
+
+_warm: list[_Warm] = []
+
+
+def warm_up(settings: KmsSettings) -> None:
+    """Do ahead of fork what is slow and the same for every child.
+
+    Reads botocore's own data files only: neither configuration nor credential files. Opens no
+    socket, starts no thread. Settings that botocore refuses are reported at the first call.
+    """
+    throwaway = Session(
+        session_vars={"profile": _UNSET, "config_file": _NO_FILE, "credentials_file": _NO_FILE}
+    )
+    regions = [region for key_id in settings.key_ids if (region := region_of(key_id))]
+    regions += [settings.region or "us-east-1"]
+    for service in ("kms", "sts") if settings.role_arn is not None else ("kms",):
+        with contextlib.suppress(botocore.exceptions.BotoCoreError, ValueError):
+            throwaway.create_client(
+                service,
+                region_name=regions[0],
+                aws_access_key_id=_PLACEHOLDER,
+                aws_secret_access_key=_PLACEHOLDER,
+                config=_client_config(),
+            )
+    # Python imports this codec when a host name is first looked up.
+    codecs.lookup("idna")
+    loader = throwaway.get_component("data_loader")
+    _warm[:] = [_Warm(settings, loader, _new_session(settings, loader))]
+
+
+def _take_session(settings: KmsSettings) -> Session:
+    if not _warm:
+        return _new_session(settings, None)
+    warm = _warm[0]
+    session = warm.session
+    if session is None or warm.settings != settings:
+        return _new_session(settings, warm.loader)
+    warm.session = None
+    return session
+
+
+def _new_session(settings: KmsSettings, loader: Loader | None) -> Session:
+    """A session that has read nothing yet."""
+    session = Session(profile=settings.profile)
+    if loader is not None:
+        session.register_component("data_loader", loader)
+    # Also for the clients that botocore makes to get credentials (STS, SSO).
+    session.set_default_client_config(_client_config())
+    if settings.role_arn is not None:
+        provider = _RoleProvider(session, settings.role_arn)
+        session.register_component("credential_provider", CredentialResolver([provider]))
+    return session
+
+
+def _client_config() -> Config:
+    return Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        max_pool_connections=16,
+        tcp_keepalive=True,
+        user_agent_extra="kmsfs",
+    )
+
+
+# --- credentials -------------------------------------------------------------------------------
+
+
+class _RoleProvider(CredentialProvider):
+    """Credentials of a role, taken on with those that botocore finds by itself."""
+
+    METHOD = "assume-role"
+
+    def __init__(self, session: Session, role_arn: str) -> None:
+        super().__init__(session)
+        self._role_arn = role_arn
+
+    def load(self) -> DeferredRefreshableCredentials:
+        """Credentials that ask STS when they are first looked at, and before they expire."""
+        region = self.session.get_config_variable("region")
+
+        def create_client(service: str, **parameters: Any) -> BaseClient:
+            return self.session.create_client(service, **{"region_name": region, **parameters})
+
+        own = create_credential_resolver(self.session, region_name=region).load_credentials()
+        if own is None:
+            raise botocore.exceptions.NoCredentialsError
+        fetcher = AssumeRoleCredentialFetcher(
+            create_client,
+            own,
+            self._role_arn,
+            extra_args={"RoleSessionName": _ROLE_SESSION_NAME},
+        )
+        return DeferredRefreshableCredentials(fetcher.fetch_credentials, self.METHOD)
+
+
+def _fresh_credentials(session: Session) -> Credentials:
+    """Find credentials, or refresh those that need it."""
+    try:
+        credentials = session.get_credentials()
+        if credentials is not None:
+            credentials.get_frozen_credentials()
+    except botocore.exceptions.BotoCoreError:
+        raise
+    except CREDENTIAL_SOURCE_FAILURES as error:
+        raise CredentialsUnavailable(
+            f"no usable AWS credentials: {type(error).__name__} from their source"
+        ) from None
+    if credentials is None:
+        raise CredentialsUnavailable("no AWS credentials found")
+    return credentials
+
+
+def _check_deadline(**_: object) -> None:
+    deadline.check()
