@@ -310,7 +310,8 @@ def test_kms_that_answers_with_another_key_is_not_believed(keys: LocalKeys) -> N
 
 
 def test_data_key_of_another_length_is_refused(keys: LocalKeys) -> None:
-    refused(wrapped_for(keys, K1, K1, size_bytes=16), keys, CiphertextInvalid)
+    error = refused(wrapped_for(keys, K1, K1, size_bytes=16), keys, CiphertextInvalid)
+    assert "a data key of 16 bytes" in error.detail
 
 
 # --- Encryption SDK messages: place, limits, authenticity --------------------------------------

@@ -253,6 +253,17 @@ def test_unframed_length_that_overflows_is_refused() -> None:
         plaintext_size_bytes(parse_header(message), len(message), reader_of(message))
 
 
+@pytest.mark.parametrize(("sequence", "size_bytes"), [(2, 16), (0, 16), (1, 17), (1, 33)])
+def test_final_frame_must_be_the_next_and_no_longer_than_the_others(
+    sequence: int, size_bytes: int
+) -> None:
+    made = writer(frame_length=16)
+    made.header()
+    made.final_frame(sequence, bytes(size_bytes))
+    with pytest.raises(CiphertextInvalid):
+        plaintext_size_bytes(parse_header(made.written), len(made.written), reader_of(made.written))
+
+
 def test_daemons_formats_import_no_aws_library() -> None:
     code = (
         "import sys, kmsfs.formats.detect, kmsfs.formats.kms_blob, kmsfs.formats.esdk_header, "
