@@ -140,6 +140,13 @@ Message = (
     | Detached
 )
 
+_MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, NewZygote)
+_MAY_CARRY: Final = (Decrypted,)
+
+# What msgspec raises for bytes that are no message: besides its own errors those of text that is
+# not UTF-8 and of nesting beyond the interpreter's limit.
+_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(Message)
 
@@ -148,9 +155,12 @@ def encode(message: Message) -> bytes:
     """One frame.
 
     Raises:
-        WireError: larger than MAX_FRAME_BYTES.
+        WireError: larger than MAX_FRAME_BYTES, or with text that is not UTF-8.
     """
-    frame = bytes((VERSION,)) + _encoder.encode(message)
+    try:
+        frame = bytes((VERSION,)) + _encoder.encode(message)
+    except UnicodeEncodeError:
+        raise WireError(f"a {type(message).__name__} with text that is not UTF-8") from None
     if len(frame) > MAX_FRAME_BYTES:
         raise WireError(f"a {type(message).__name__} frame of {len(frame)} bytes is too large")
     return frame
@@ -171,7 +181,8 @@ def decode(
     Every descriptor received is either returned or closed.
 
     Raises:
-        WireError: end of file, truncated, another version, not a message, too many descriptors.
+        WireError: end of file, truncated, another version, not a message, descriptors that do
+            not belong to this kind of message.
     """
     fds = array.array("i")
     for level, kind, data in ancillary:
@@ -184,13 +195,16 @@ def decode(
             raise WireError("a truncated frame")
         if frame[0] != VERSION:
             raise WireError(f"a frame of version {frame[0]}, not {VERSION}")
-        if len(fds) > MAX_FDS:
-            raise WireError(f"{len(fds)} descriptors with one frame")
         try:
             message: Message = _decoder.decode(memoryview(frame)[1:])
-        except msgspec.DecodeError as error:
-            raise WireError(f"not a message: {error}") from None
-    except WireError:
+        except _UNDECODABLE as error:
+            # The class name only: the error's text may quote the frame.
+            raise WireError(f"not a message: {type(error).__name__}") from None
+        wanted = 1 if isinstance(message, _MUST_CARRY) else 0
+        at_most = 1 if isinstance(message, _MAY_CARRY) else wanted
+        if not wanted <= len(fds) <= at_most:
+            raise WireError(f"{len(fds)} descriptors with a {type(message).__name__}")
+    except BaseException:
         for fd in fds:
             os.close(fd)
         raise
@@ -216,7 +230,8 @@ def receive(sock: socket.socket) -> tuple[Message, int | None]:
             MAX_FRAME_BYTES + 1, ANCILLARY_BYTES, RECEIVE_FLAGS
         )
     except OSError as error:
-        raise WireError(f"cannot receive: {error.strerror}") from error
+        # A time-out has no strerror.
+        raise WireError(f"cannot receive: {error.strerror or error}") from error
     return decode(frame, ancillary, flags)
 
 
