@@ -412,11 +412,13 @@ def _spawn(
 
     -s and -P: neither the user's site-packages nor the current directory may supply code.
     """
-    first = max(fds) + 1
-    targets = range(first, first + len(fds))
-    actions = [(os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip(fds, targets, strict=True)]
     null_fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     with _closing(null_fd):
+        # Above every source, so that no copy overwrites one that is still to be made.
+        first = max(*fds, null_fd, 2) + 1
+        targets = range(first, first + len(fds))
+        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in zip(fds, targets, strict=True)]
+        _keep_to_ourselves()
         actions += [(os.POSIX_SPAWN_DUP2, null_fd, fd) for fd in ((0, 1, 2) if quiet else (0,))]
         pid = os.posix_spawn(
             sys.executable,
@@ -426,6 +428,15 @@ def _spawn(
             setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
         )
     return _Child(pid, os.pidfd_open(pid))
+
+
+def _keep_to_ourselves() -> None:
+    """Let no descriptor that we inherited from whoever started us reach what we exec."""
+    for name in os.listdir("/proc/self/fd"):
+        # One of them was the listing's own.
+        with contextlib.suppress(OSError):
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
 
 
 def _zygote_environment() -> dict[str, str]:
