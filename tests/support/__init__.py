@@ -1,0 +1,1 @@
+"""What tests share: key services, faults, the canary, real processes and mounts."""
