@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar, TypeVarTuple
 
 import trio
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class OpenedFile:
-    """A file version somebody has open; `lease` is to be closed."""
+    """A file version somebody has open, its size exact by now; `lease` is to be closed."""
 
     file: SourceFile
     lease: Lease
@@ -53,7 +53,7 @@ class Volume:
         config: of the mount.
         source: its ciphertext.
         arena: where plaintext goes.
-        client: who decrypts; its `run` is the caller's to run.
+        client: who decrypts; running its workers is the caller's matter.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Volume:
 
     async def lock(self) -> None:
         """No new leases; workers killed and reaped; every slot wiped. Again is harmless."""
-        await self.cache.lock(self._client.end_workers)
+        await self.cache.lock(self._client.workers.end_all)
 
     def unlock(self) -> None:
         """Serve again; descriptors opened before the lock stay dead."""
@@ -151,7 +151,8 @@ class Volume:
             rivals = ", ".join((node.source_path, *node.rivals))
             raise NameConflict(f"{path} is claimed by {rivals}")
         lease, from_cache = await self.cache.acquire(node, deadline)
-        return OpenedFile(node, lease, from_cache)
+        exact = replace(node, size_bytes=lease.size_bytes, size_exact=True)
+        return OpenedFile(exact, lease, from_cache)
 
     async def _decrypt(self, file: SourceFile, deadline: float) -> Plaintext:
         limit = self._config.cache.max_file_bytes
