@@ -7,6 +7,7 @@ is gone, on SIGTERM, or when the launcher is gone, and has wiped everything then
 Run as `python -m kmsfs.daemon FUSE_FD LAUNCHER_FD CONTROL_FD CONFIG_FD LOG_TARGET`.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ from kmsfs.admin import control, control_server, eventlog, observe
 from kmsfs.config import MountConfig
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
-from kmsfs.errors import KmsfsError
+from kmsfs.errors import GuaranteeNotMet, KmsfsError
 from kmsfs.events import Event, EventSink, LockChanged
 from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
@@ -88,7 +89,7 @@ class Daemon:
         allowed = frozenset({0, os.getuid()})
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._client.run)
+                await nursery.start(self._client.workers.run)
                 await nursery.start(self._volume.cache.run)
                 nursery.start_soon(self._view.drop_pages_of_wiped_files)
                 nursery.start_soon(control_server.serve, self._listener, allowed, self._respond)
@@ -105,10 +106,12 @@ class Daemon:
 
     async def lock(self, by_uid: int) -> None:
         """Wipe everything, in the order that leaves no way for plaintext to come back."""
-        await self._volume.lock()
-        await self._view.drop_all_pages()
-        self._client.drop_zygote()
-        self._events.emit(LockChanged(locked=True, by_uid=by_uid))
+        try:
+            await self._volume.lock()
+        finally:
+            await self._view.drop_all_pages()
+            self._client.workers.drop_zygote()
+            self._events.emit(LockChanged(locked=True, by_uid=by_uid))
 
     def unlock(self, by_uid: int) -> None:
         """Serve again; a zygote is asked for at once, so that the first open finds it."""
@@ -134,8 +137,10 @@ class Daemon:
         while True:
             await self._zygote_wanted.wait()
             self._zygote_wanted = trio.Event()
-            if not self._client.has_zygote and not self._volume.cache.locked:
-                await channel.send(self._launcher, wire.ZygoteWanted())
+            if not self._client.workers.has_zygote and not self._volume.cache.locked:
+                # If the launcher is gone, `_listen_to_launcher` sees to it.
+                with contextlib.suppress(wire.WireError):
+                    await channel.send(self._launcher, wire.ZygoteWanted())
 
     async def _listen_to_launcher(self) -> None:
         while True:
@@ -146,8 +151,10 @@ class Daemon:
                 await self._end()
                 return
             match message:
+                case wire.NewZygote() if self._volume.cache.locked:
+                    log.info("a zygote came while locked: its credentials are not wanted")
                 case wire.NewZygote() if fd is not None:
-                    self._client.attach_zygote(socket.socket(fileno=fd))
+                    self._client.workers.attach_zygote(socket.socket(fileno=fd))
                     fd = None
                 case wire.Detached():
                     log.info("unmounted lazily: plaintexts nobody has open are wiped")
@@ -165,7 +172,10 @@ class Daemon:
 
     async def _end(self) -> None:
         with trio.move_on_after(_END_S):
-            await self._volume.lock()
+            try:
+                await self._volume.lock()
+            except GuaranteeNotMet as error:
+                log.warning("ending: %s", error.detail)
             await self._view.drop_all_pages()
         pyfuse3.terminate()
 

@@ -18,7 +18,7 @@ async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -
     """The mount as it is now."""
     survey = await volume.survey()
     held = volume.cache.held()
-    greeting = client.zygote_greeting
+    greeting = client.workers.greeting
     daemon = report(memory_locked=False)
     unbound = [file.path for file in survey.files if not file.bound and volume.may_be_unbound(file)]
     kinds = tuple(sorted(volume.cache.memory_kinds()))
@@ -51,7 +51,7 @@ async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -
         credential_source=None if greeting is None else greeting.credential_source,
         daemon_pid=os.getpid(),
         zygote_pid=None if greeting is None else greeting.pid,
-        worker_pids=client.worker_pids,
+        worker_pids=client.workers.pids,
         daemon=daemon,
         workers=client.worker_report,
         plaintext_in=kinds,
@@ -99,7 +99,7 @@ def _weaknesses(
     daemon: ProcessReport,
     kinds: tuple[str, ...],
 ) -> list[str]:
-    greeting, workers = client.zygote_greeting, client.worker_report
+    greeting, workers = client.workers.greeting, client.worker_report
     weaknesses = []
     if "memfd" in kinds:
         weaknesses.append("plaintext lies in a locked memfd: this kernel has no memfd_secret")
