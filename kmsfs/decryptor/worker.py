@@ -21,7 +21,6 @@ from kmsfs.errors import (
     WorkerBug,
 )
 from kmsfs.keys.aws import AwsKeyService
-from kmsfs.keys.service import KeyService
 from kmsfs.memory import process
 from kmsfs.memory.mapping import LockedMapping, create_secret_memory
 
@@ -31,6 +30,9 @@ from kmsfs.memory.mapping import LockedMapping, create_secret_memory
 _CIPHERTEXT_OVERHEAD_BYTES: Final = 256 << 10
 
 _READ_BYTES: Final = 1 << 20
+
+# A detail may quote a header of up to 64 KiB; so much of it fits a frame and a log line.
+_MAX_DETAIL: Final = 1000
 
 
 class Outbox:
@@ -124,7 +126,7 @@ class Worker:
         self._sock = sock
         self._settings = settings
         self._memory_locked = memory_locked
-        self._keys: KeyService | None = None
+        self._keys: AwsKeyService | None = None
 
     def run(self) -> None:
         """Serve until the daemon closes its end or breaks the protocol."""
@@ -170,11 +172,14 @@ class Worker:
             )
             remaining_s = request.deadline_s - (time.monotonic() - started)
             if self._keys is None:
-                self._keys = AwsKeyService(self._settings, deadline_s=remaining_s)
+                self._keys = AwsKeyService(self._settings)
+            self._keys.set_deadline(remaining_s)
             info = decrypt_ciphertext(ciphertext, rules, self._keys, outbox.allocate)
         except KmsfsError as error:
             hint = error.hint if error.hint != type(error).hint else None
-            return wire.Failed(id=request.id, code=error.code, detail=error.detail, hint=hint)
+            return wire.Failed(
+                id=request.id, code=error.code, detail=_printable(error.detail), hint=hint
+            )
         except Exception as error:  # noqa: BLE001 - one bad file must not end in a dead worker
             # The class name only: a foreign exception's text may hold content.
             return wire.Failed(id=request.id, code=WorkerBug.__name__, detail=type(error).__name__)
@@ -185,6 +190,11 @@ class Worker:
             format=info.format,
             report=process.report(memory_locked=self._memory_locked),
         )
+
+
+def _printable(detail: str) -> str:
+    """A detail as a frame takes it: of bounded length, in UTF-8."""
+    return detail[:_MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
 
 
 def main(sock: socket.socket, settings: KmsSettings, zygote_pid: int) -> NoReturn:

@@ -7,6 +7,7 @@ others are resolved in the workers.
 Run as `python -m kmsfs.decryptor.zygote SOCKET_FD SETTINGS_FD`.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -57,27 +58,33 @@ class Zygote:
 
     def _spawn(self, request_id: int, sock: socket.socket) -> None:
         zygote_pid = os.getpid()
-        with sock:
-            try:
-                pid = os.fork()
-            except OSError as error:
-                wire.send(
-                    self._control, wire.SpawnFailed(id=request_id, detail=error.strerror or "")
-                )
-                return
-            if pid == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                self._control.close()
-                worker.main(sock, self._settings, zygote_pid)
+        # A worker that ends at once stays a zombie until there is a pidfd of it: its number
+        # cannot become another process's meanwhile.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
+            with sock:
+                pid = os.fork()
+                if pid == 0:
+                    self._control.close()
+                    worker.main(sock, self._settings, zygote_pid)
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             wire.send(self._control, wire.SpawnFailed(id=request_id, detail=error.strerror or ""))
             return
+        finally:
+            _reap_unwatched()
         try:
             wire.send(self._control, wire.WorkerSpawned(id=request_id, pid=pid), [pidfd])
         finally:
             os.close(pidfd)
+
+
+def _reap_unwatched() -> None:
+    """Have the kernel reap children: workers are watched through pidfds, nobody waits here."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def main(argv: list[str]) -> None:
@@ -87,8 +94,7 @@ def main(argv: list[str]) -> None:
     silence_content_loggers()
     with open(settings_fd, "rb") as file:
         settings = msgspec.json.decode(file.read(), type=KmsSettings)
-    # Workers end by themselves and are watched through pidfds: nobody waits for them here.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    _reap_unwatched()
     # The launcher ends this process by closing the daemon's end; a terminal's ^C is not for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     aws.warm_up(settings)
