@@ -77,7 +77,7 @@ def encrypt(
     )
     services = KeyServices()
     failures: list[KmsfsError] = []
-    left_alone = 0
+    left_alone: list[str] = []
     for name in files:
         try:
             done = encrypt_file(name, options, services)
@@ -85,13 +85,14 @@ def encrypt(
             messages.failure(error, about=_shown(name))
             failures.append(error)
             continue
-        left_alone += name != STANDARD_INPUT
+        if name != STANDARD_INPUT:
+            left_alone.append(name)
         click.echo(messages.printable(os.path.relpath(done.output)))
         for warning, hint in done.warnings:
             messages.warning(f"{done.output}: {warning}")
             messages.hint(hint)
     if left_alone:
-        what = files[0] if len(files) == 1 else f"{left_alone} files"
+        what = left_alone[0] if len(left_alone) == 1 else f"{len(left_alone)} files"
         messages.hint(f"the plaintext of {what} is left alone: remove it when it is not needed")
     return _status_of(failures, len(files))
 
