@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from kmsfs.errors import LockedMemoryExhausted
@@ -63,14 +63,17 @@ class Arena:
         self.budget_bytes: Final = min(max_bytes, limit)
         self.used_bytes = 0
         self.slots = 0
-        # Called with a size that does not fit; may wipe slots to make room for it.
+        # Called with a size that does not fit; may wipe slots to make room for it, and should
+        # leave them alone where that would not be enough.
         self.reclaim: Callable[[int], None] = lambda _size_bytes: None
 
-    def has_room(self, size_bytes: int) -> bool:
-        """Whether a plaintext of this size fits now."""
+    def has_room(self, size_bytes: int, *, without: Collection[Slot] = ()) -> bool:
+        """Whether a plaintext of this size fits now, or would `without` some of the slots."""
+        freed = [slot.mapped_bytes for slot in without if slot.mapped_bytes]
+        used_bytes = self.used_bytes - sum(freed)
         return (
-            self.used_bytes + round_to_pages(size_bytes) <= self.budget_bytes
-            and self.slots < MAX_SLOTS
+            used_bytes + round_to_pages(size_bytes) <= self.budget_bytes
+            and self.slots - len(freed) < MAX_SLOTS
         )
 
     def adopt(self, fd: int | None, size_bytes: int) -> Slot:

@@ -10,8 +10,13 @@ from kmsfs.errors import LockedMemoryExhausted, WorkerFailed
 
 # Against resizing, never against writing: what is sealed against writing cannot be wiped.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+# fcntl.F_SEAL_FUTURE_WRITE has no name in Python before 3.13 (linux/fcntl.h).
+_UNWIPEABLE: Final = fcntl.F_SEAL_WRITE | 0x0010
 # MFD_NOEXEC_SEAL, Linux 6.3; an older kernel answers EINVAL.
 _MFD_NOEXEC_SEAL: Final = 0x0008
+
+# SECRETMEM_MAGIC of linux/magic.h.
+_SECRETMEM_MAGIC: Final = 0x5345434D
 
 # What mmap, mlock and ftruncate say when memory or the locked-memory limit is used up.
 _EXHAUSTED: Final = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EPERM})
@@ -64,17 +69,17 @@ class LockedMapping:
             address = libc.map_shared(fd, mapped_bytes)
         except OSError as error:
             _raise_exhausted(error, mapped_bytes)
-        if kind == "memfd_secret":
-            # Its pages are locked and undumpable by nature.
-            libc.madvise(address, mapped_bytes, libc.MADV_DONTFORK)
-            return cls(address, mapped_bytes)
-        return cls._locked(address, mapped_bytes)
+        # The pages of memfd_secret are locked and undumpable by nature.
+        return cls._locked(address, mapped_bytes, by_nature=kind == "memfd_secret")
 
     @classmethod
-    def _locked(cls, address: int, mapped_bytes: int) -> "LockedMapping":
+    def _locked(
+        cls, address: int, mapped_bytes: int, *, by_nature: bool = False
+    ) -> "LockedMapping":
         try:
-            libc.mlock(address, mapped_bytes)
-            libc.madvise(address, mapped_bytes, libc.MADV_DONTDUMP)
+            if not by_nature:
+                libc.mlock(address, mapped_bytes)
+                libc.madvise(address, mapped_bytes, libc.MADV_DONTDUMP)
             libc.madvise(address, mapped_bytes, libc.MADV_DONTFORK)
         except OSError as error:
             libc.munmap(address, mapped_bytes)
@@ -110,7 +115,10 @@ class LockedMapping:
     def wipe(self, size_bytes: int | None = None) -> None:
         """Overwrite the first `size_bytes` (all by default) with zeros; stays mapped."""
         self._check_open()
-        libc.fill_zero(self._address, self.mapped_bytes if size_bytes is None else size_bytes)
+        count = self.mapped_bytes if size_bytes is None else size_bytes
+        if not 0 <= count <= self.mapped_bytes:
+            raise ValueError("range outside the mapping")
+        libc.fill_zero(self._address, count)
 
     def close(self) -> None:
         """Wipe and unmap; again is harmless.
@@ -149,8 +157,9 @@ def create_secret_memory(size_bytes: int) -> tuple[int, Kind]:
     Raises:
         LockedMemoryExhausted: no memory.
     """
+    kind: Kind = "memfd_secret"
     try:
-        fd, kind = libc.memfd_secret(), "memfd_secret"
+        fd = libc.memfd_secret()
     except OSError:
         fd, kind = _create_memfd(), "memfd"
     try:
@@ -160,24 +169,27 @@ def create_secret_memory(size_bytes: int) -> tuple[int, Kind]:
     except OSError as error:
         os.close(fd)
         _raise_exhausted(error, size_bytes)
-    return (fd, "memfd_secret") if kind == "memfd_secret" else (fd, "memfd")
+    return fd, kind
 
 
 def check_received(fd: int, size_bytes: int) -> Kind:
     """Which kind of memory another process passed, and that it can hold `size_bytes` for good.
 
     Raises:
-        WorkerFailed: smaller than claimed, or somebody could still resize it under a reader.
+        WorkerFailed: of another size than claimed, memory that somebody could still resize under
+            a reader or that cannot be wiped, or no memory at all.
     """
     held_bytes = os.fstat(fd).st_size
     if size_bytes < 0 or round_to_pages(size_bytes) != held_bytes:
         raise WorkerFailed(f"{size_bytes} bytes were announced, {held_bytes} handed over")
+    if libc.filesystem_magic(fd) == _SECRETMEM_MAGIC:
+        # It knows no seals, and lets its size be set once only.
+        return "memfd_secret"
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
-        # memfd_secret knows no seals, and lets its size be set once only.
-        return "memfd_secret"
-    if seals & _SEALS != _SEALS or seals & fcntl.F_SEAL_WRITE:
+        raise WorkerFailed("what was handed over is a file, not memory") from None
+    if seals & _SEALS != _SEALS or seals & _UNWIPEABLE:
         raise WorkerFailed(f"the memory handed over has seals {seals:#x}")
     return "memfd"
 
