@@ -25,9 +25,9 @@ from kmsfs.errors import (
     WorkerBug,
 )
 from kmsfs.events import Decrypted, DecryptFailed, EventSink, Wiped
-from kmsfs.memory.arena import Arena, Slot
-from kmsfs.memory.mapping import LockedMapping
+from kmsfs.memory.arena import Arena
 from kmsfs.store.ciphertext import FileVersion
+from kmsfs.store.lease import Entry, Lease
 from kmsfs.store.source import SourceFile
 
 # Opens that may wait for a decryption; the kernel has 1024 requests for us (`max_tasks`), and
@@ -41,20 +41,6 @@ DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
 
 
 @dataclass(eq=False, slots=True)
-class _Entry:
-    """A plaintext in its slot. Times are trio's clock."""
-
-    path: str
-    version: FileVersion
-    slot: Slot
-    ready_at: float
-    idle_from: float
-    leases: int = 0
-    current: bool = True
-    wiped: bool = False
-
-
-@dataclass(eq=False, slots=True)
 class _Flight:
     """A decryption under way, and how many opens wait for it."""
 
@@ -62,7 +48,7 @@ class _Flight:
     done: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     waiting: int = 0
-    entry: _Entry | None = None
+    entry: Entry | None = None
     error: KmsfsError | None = None
 
 
@@ -87,38 +73,6 @@ class CachedFile:
     current: bool
 
 
-class Lease:
-    """The right to read one version of one plaintext until it is closed or the volume locked."""
-
-    __slots__ = ("_cache", "_entry")
-
-    def __init__(self, cache: "PlaintextCache", entry: _Entry) -> None:
-        self._cache = cache
-        self._entry: _Entry | None = entry
-        entry.leases += 1
-
-    @property
-    def size_bytes(self) -> int:
-        """Exact size of the plaintext."""
-        return 0 if self._entry is None else self._entry.slot.size_bytes
-
-    def copy_to(self, target: LockedMapping, offset: int, size_bytes: int) -> int:
-        """Copy a range of the plaintext to the start of `target`; see `Slot.copy_to`.
-
-        Raises:
-            VolumeLocked: the volume was locked since this lease was given.
-        """
-        if self._entry is None or self._entry.wiped:
-            raise VolumeLocked("the volume was locked after this file was opened")
-        return self._entry.slot.copy_to(target, offset, size_bytes)
-
-    def close(self) -> None:
-        """Give the lease back; again is harmless."""
-        if self._entry is not None:
-            self._cache.end_lease(self._entry)
-            self._entry = None
-
-
 class PlaintextCache:
     """Holds plaintexts for as long as the settings allow, and not longer.
 
@@ -136,8 +90,8 @@ class PlaintextCache:
         self._settings = settings
         self._events = events
         self._decrypt = decrypt
-        self._current: dict[str, _Entry] = {}
-        self._entries: set[_Entry] = set()
+        self._current: dict[str, Entry] = {}
+        self._entries: set[Entry] = set()
         self._flights: dict[tuple[str, FileVersion], _Flight] = {}
         self._waiting = 0
         self._nursery: trio.Nursery | None = None
@@ -179,7 +133,7 @@ class PlaintextCache:
             raise VolumeLocked("the volume is locked")
         entry = self._current_entry(file)
         if entry is not None and trio.current_time() < entry.ready_at + self._settings.ttl_s:
-            return Lease(self, entry), True
+            return self._lease(entry), True
         if file.problem:
             error = CiphertextInvalid(file.problem)
             self._note_failure(file.path, error)
@@ -190,13 +144,22 @@ class PlaintextCache:
         return await self._join(flight, entry, deadline)
 
     async def lock(self, end_workers: Callable[[], Awaitable[None]]) -> None:
-        """No new leases; decryptions cancelled; `end_workers` awaited; every slot wiped."""
+        """No new leases; decryptions cancelled; `end_workers` awaited; every slot wiped.
+
+        Raises:
+            KmsfsError: what `end_workers` raised; every slot is wiped all the same.
+        """
         self.locked = True
-        for flight in list(self._flights.values()):
+        flights = list(self._flights.values())
+        for flight in flights:
             flight.error = VolumeLocked("the volume was locked meanwhile")
             flight.scope.cancel()
-        await end_workers()
-        self.wipe_all("lock")
+        try:
+            await end_workers()
+            for flight in flights:
+                await flight.done.wait()
+        finally:
+            self.wipe_all("lock")
 
     def unlock(self) -> None:
         """Serve again. Leases given before the lock stay dead."""
@@ -212,15 +175,6 @@ class PlaintextCache:
         self._detached = True
         for entry in list(self._entries):
             self._retire(entry, "unmounted")
-
-    def end_lease(self, entry: _Entry) -> None:
-        """For `Lease.close` only."""
-        entry.leases -= 1
-        if entry.leases == 0 and not entry.wiped:
-            entry.idle_from = trio.current_time()
-            if not entry.current:
-                self._wipe(entry, "last close")
-            self._wake_sweeper()
 
     def held(self) -> list[CachedFile]:
         """What is held now."""
@@ -242,7 +196,7 @@ class PlaintextCache:
 
     # --- decrypting --------------------------------------------------------------------------
 
-    def _current_entry(self, file: SourceFile) -> _Entry | None:
+    def _current_entry(self, file: SourceFile) -> Entry | None:
         entry = self._current.get(file.path)
         if entry is not None and entry.version != file.version:
             self._retire(entry, "newer version")
@@ -259,17 +213,19 @@ class PlaintextCache:
         return flight
 
     async def _join(
-        self, flight: _Flight, stale: _Entry | None, deadline: float
+        self, flight: _Flight, stale: Entry | None, deadline: float
     ) -> tuple[Lease, bool]:
         # A lease of our own keeps a stale plaintext from being wiped while we wait.
-        fallback = Lease(self, stale) if stale is not None else None
+        fallback = self._lease(stale) if stale is not None else None
         self._waiting += 1
         flight.waiting += 1
         try:
             with trio.CancelScope(deadline=deadline):
                 await flight.done.wait()
-            if flight.entry is not None and not flight.entry.wiped:
-                return Lease(self, flight.entry), False
+            if flight.entry is not None:
+                if flight.entry.wiped:
+                    raise VolumeLocked("the volume was locked meanwhile")
+                return self._lease(flight.entry), False
             error = flight.error or self._unfinished()
             if fallback is not None and self._may_serve_stale(stale, error):
                 lease, fallback = fallback, None
@@ -287,7 +243,7 @@ class PlaintextCache:
             return VolumeLocked("the volume was locked meanwhile")
         return DeadlineExceeded("no answer from KMS within the deadline")
 
-    def _may_serve_stale(self, entry: _Entry | None, error: KmsfsError) -> bool:
+    def _may_serve_stale(self, entry: Entry | None, error: KmsfsError) -> bool:
         if entry is None or entry.wiped or not entry.current:
             return False
         kms_is_away = isinstance(error, KmsUnreachable | CredentialsUnavailable)
@@ -313,7 +269,7 @@ class PlaintextCache:
 
     def _fail(self, flight: _Flight, error: KmsfsError, duration_s: float) -> None:
         path = flight.file.path
-        flight.error = error
+        flight.error = flight.error or error
         self._note_failure(path, error)
         self._events.emit(
             DecryptFailed(path=path, error=error.code, detail=error.detail, duration_s=duration_s)
@@ -323,7 +279,8 @@ class PlaintextCache:
             self._retire(refused, error.code)
 
     def _land(self, flight: _Flight, plaintext: Plaintext, duration_s: float) -> None:
-        if self.locked:
+        if self.locked or flight.error is not None:
+            # Locked meanwhile, and perhaps unlocked again.
             plaintext.slot.wipe()
             return
         now = trio.current_time()
@@ -331,7 +288,7 @@ class PlaintextCache:
         older = self._current.get(file.path)
         if older is not None:
             self._retire(older, "decrypted anew")
-        entry = _Entry(file.path, file.version, plaintext.slot, ready_at=now, idle_from=now)
+        entry = Entry(file.path, file.version, plaintext.slot, ready_at=now, idle_from=now)
         # Pinned until everybody who waits has a lease of their own.
         entry.leases = 1
         flight.entry = entry
@@ -355,14 +312,25 @@ class PlaintextCache:
     def _unpin(self, flight: _Flight) -> None:
         if flight.waiting == 0 and flight.entry is not None:
             entry, flight.entry = flight.entry, None
-            self.end_lease(entry)
+            self._end_lease(entry)
 
     def _note_failure(self, path: str, error: KmsfsError) -> None:
         self.failures[path] = Failure(error.code, error.detail, error.hint, time.time())
 
     # --- ending ------------------------------------------------------------------------------
 
-    def _wipe_at(self, entry: _Entry) -> float:
+    def _lease(self, entry: Entry) -> Lease:
+        return Lease(entry, self._end_lease)
+
+    def _end_lease(self, entry: Entry) -> None:
+        entry.leases -= 1
+        if entry.leases == 0 and not entry.wiped:
+            entry.idle_from = trio.current_time()
+            if not entry.current:
+                self._wipe(entry, "last close")
+            self._wake_sweeper()
+
+    def _wipe_at(self, entry: Entry) -> float:
         if entry.leases:
             return math.inf
         return min(
@@ -383,12 +351,14 @@ class PlaintextCache:
     def _evict(self, size_bytes: int) -> None:
         """Make room for a plaintext: least recently used first, never one that is open."""
         unused = sorted((e for e in self._entries if not e.leases), key=lambda e: e.idle_from)
+        if not self._arena.has_room(size_bytes, without=[entry.slot for entry in unused]):
+            return
         for entry in unused:
             if self._arena.has_room(size_bytes):
                 return
             self._wipe(entry, "evicted")
 
-    def _retire(self, entry: _Entry, reason: str) -> None:
+    def _retire(self, entry: Entry, reason: str) -> None:
         """No new leases on this entry; wiped now, or at its last close."""
         entry.current = False
         if self._current.get(entry.path) is entry:
@@ -396,7 +366,7 @@ class PlaintextCache:
         if entry.leases == 0:
             self._wipe(entry, reason)
 
-    def _wipe(self, entry: _Entry, reason: str) -> None:
+    def _wipe(self, entry: Entry, reason: str) -> None:
         entry.slot.wipe()
         entry.wiped = True
         entry.current = False

@@ -1,6 +1,7 @@
 """One mounted volume: source, policy, cache and decryptor, as the views see them."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar, TypeVarTuple
@@ -21,7 +22,9 @@ from kmsfs.errors import (
 from kmsfs.events import EventSink
 from kmsfs.formats.binding import Place
 from kmsfs.memory.arena import Arena
-from kmsfs.store.cache import Lease, PlaintextCache
+from kmsfs.store.cache import PlaintextCache
+from kmsfs.store.ciphertext import FileVersion
+from kmsfs.store.lease import Lease
 from kmsfs.store.policy import Policy
 from kmsfs.store.source import (
     Source,
@@ -134,7 +137,11 @@ class Volume:
         raise DeadlineExceeded("the open's deadline passed")
 
     async def lock(self) -> None:
-        """No new leases; workers killed and reaped; every slot wiped. Again is harmless."""
+        """No new leases; workers killed and reaped; every slot wiped. Again is harmless.
+
+        Raises:
+            GuaranteeNotMet: a killed worker has not ended yet.
+        """
         await self.cache.lock(self._client.workers.end_all)
 
     def unlock(self) -> None:
@@ -158,7 +165,7 @@ class Volume:
         limit = self._config.cache.max_file_bytes
         if file.size_exact and file.size_bytes > limit:
             raise FileTooLarge(f"{file.size_bytes} bytes, {limit} at most")
-        fd, version = await self._disk(self.source.open_ciphertext, file.source_path)
+        fd, version = await self._open_ciphertext(file.source_path)
         try:
             if version != file.version:
                 raise CiphertextChanging("the file changed before it was read")
@@ -169,6 +176,31 @@ class Volume:
             os.close(fd)
         self.source.remember_size(file.source_path, version, plaintext.slot.size_bytes)
         return plaintext
+
+    async def _open_ciphertext(self, source_path: str) -> tuple[int, FileVersion]:
+        """See `Source.open_ciphertext`. Cancellation: no descriptor stays open."""
+        guard = threading.Lock()
+        wanted = True
+        opened_fd: int | None = None
+
+        def open_while_wanted() -> tuple[int, FileVersion]:
+            nonlocal opened_fd
+            fd, version = self.source.open_ciphertext(source_path)
+            with guard:
+                if wanted:
+                    opened_fd = fd
+                else:
+                    os.close(fd)
+            return fd, version
+
+        try:
+            return await self._disk(open_while_wanted)
+        except trio.Cancelled:
+            with guard:
+                wanted = False
+                if opened_fd is not None:
+                    os.close(opened_fd)
+            raise
 
     def _rules_for(self, file: SourceFile) -> DecryptRules:
         return DecryptRules.of(
