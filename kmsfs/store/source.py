@@ -120,13 +120,11 @@ class Source:
 
     def lookup(self, directory: str, name: str) -> SourceNode | None:
         """What is served as `name` in a directory; None if nothing is."""
-        candidates = [name + suffix for suffix in SUFFIXES]
-        if not served_name(name)[1]:
-            candidates.append(name)
+        path = join(directory, name)
         found = [
             node
-            for candidate in candidates
-            if (node := self._examine(directory, candidate)) is not None
+            for candidate in (name, *(name + suffix for suffix in SUFFIXES))
+            if (node := self._examine(directory, candidate)) is not None and node.path == path
         ]
         return _chosen(found)
 
@@ -312,9 +310,16 @@ class Source:
         finally:
             os.close(fd)
         if stat.S_ISDIR(mode):
-            return "a link that leads back to a directory above, or a name taken twice"
+            return "a link that leads back to a directory above"
         if not stat.S_ISREG(mode):
             return "not a regular file"
+        directory, _, name = path.rpartition("/")
+        if isinstance(self.lookup(directory, served_name(name)[0]), SourceDirectory):
+            return "a directory has the name it would be served under"
+        try:
+            os.close(self.open_ciphertext(path)[0])
+        except (SourceMissing, SourceUnreadable) as error:
+            return f"cannot be opened: {error.detail.rpartition(': ')[2]}"
         return "of no known format"
 
 
