@@ -66,7 +66,7 @@ encryption_context_option = click.option(
 )
 
 any_key_option = click.option(
-    "--any-key", is_flag=True, help="Accept whichever key KMS finds for bare blobs."
+    "--any-key", is_flag=True, help="Accept whichever key a file was encrypted under."
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")

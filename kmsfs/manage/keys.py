@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from kmsfs.config import KmsSettings, KmsTable
+from kmsfs.errors import UsageInvalid
 from kmsfs.keys.service import KeyService
 from kmsfs.manage.place import VolumeHere
 
@@ -30,10 +31,19 @@ class KeyOptions:
 
 
 def settings_for(volume: VolumeHere | None, options: KeyOptions) -> KmsSettings:
-    """A volume's key settings, in which each option given replaces the volume's value."""
+    """A volume's key settings, in which each option given replaces the volume's value.
+
+    Any key means any: the volume's key ids do not hold then, and an Encryption SDK message is
+    decrypted under the key it names.
+
+    Raises:
+        UsageInvalid: any key, and certain ones.
+    """
+    if options.any_key and options.key_ids:
+        raise UsageInvalid("--any-key and --key-id contradict each other")
     table = volume.file.kms if volume is not None else KmsTable()
     return KmsSettings(
-        key_ids=options.key_ids or table.key_ids,
+        key_ids=() if options.any_key else options.key_ids or table.key_ids,
         any_key=options.any_key,
         encryption_context=options.encryption_context or table.encryption_context,
         profile=options.profile or table.profile,

@@ -220,12 +220,26 @@ def test_key_inside_a_file_is_not_asked_unless_allowed(
     kmsfs: Commands, key: str, new_key: KeyMaker
 ) -> None:
     kmsfs.good("encrypt", "-", "-o", "x", "--unbound", "--key-id", key, stdin=SECRET)
-    for extra in ([], ["--key-id", new_key()], ["--key-id", new_key(), "--any-key"]):
+    for extra in ([], ["--key-id", new_key()]):
         done = kmsfs("decrypt", "x", *extra)
         assert done.status == 4
         assert done.lines[0] == f"kmsfs: error: x: encrypted under {key}"
     assert kmsfs.good("decrypt", "x", "--any-key").stdout == SECRET
     assert kmsfs.good("decrypt", "x", "--key-id", key.rpartition("/")[2]).stdout == SECRET
+
+
+def test_any_key_and_certain_keys_contradict_each_other(kmsfs: Commands, volume: Path) -> None:
+    done = kmsfs("decrypt", "x", "--any-key", "--key-id", "alias/web")
+    assert done.status == 2
+    assert done.lines == ["kmsfs: error: x: --any-key and --key-id contradict each other"]
+
+
+def test_any_key_sets_the_volumes_keys_aside(
+    kmsfs: Commands, volume: Path, new_key: KeyMaker
+) -> None:
+    kmsfs.good("encrypt", "-", "--path", "x", "--key-id", new_key(), stdin=SECRET)
+    assert kmsfs("decrypt", "x.encrypted").status == 4
+    assert kmsfs.good("decrypt", "x.encrypted", "--any-key").stdout == SECRET
 
 
 def test_devices_and_links_are_never_replaced(
