@@ -315,6 +315,14 @@ class WorkerBug(KmsfsError):
     hint = "this is a bug in kmsfs: please report it with the error's name"
 
 
+class DaemonBug(KmsfsError):
+    """The daemon met an error it does not know."""
+
+    errno = errno.EIO
+    exit_code = ExitCode.BUG
+    hint = "this is a bug in kmsfs: please report it with the error's name"
+
+
 # --- mounting ----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The daemon's end of the control socket."""
 
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -8,12 +9,16 @@ import msgspec
 import trio
 
 from kmsfs.admin import control
-from kmsfs.errors import KmsfsError
+from kmsfs.errors import DaemonBug, KmsfsError, UsageInvalid
 
 _MAX_CONNECTIONS: Final = 16
 
 # A peer that connects and asks nothing is cut off.
 _REQUEST_S: Final = 5.0
+
+_ACCEPT_PAUSE_S: Final = 0.1
+
+log = logging.getLogger(__name__)
 
 _request_decoder: Final[msgspec.json.Decoder[control.Request]] = msgspec.json.Decoder(
     control.Request
@@ -34,8 +39,15 @@ async def serve(listener: socket.socket, allowed_uids: frozenset[int], respond: 
     async with trio.open_nursery() as nursery:
         accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         while True:
-            stream = await accepting.accept()
             await connections.acquire()
+            try:
+                stream = await accepting.accept()
+            except OSError as error:
+                # Out of descriptors, most likely; others may be given back.
+                log.warning("cannot accept on the control socket: %s", error.strerror)
+                connections.release()
+                await trio.sleep(_ACCEPT_PAUSE_S)
+                continue
             nursery.start_soon(_serve_one, stream, connections, allowed_uids, respond)
 
 
@@ -57,12 +69,21 @@ async def _serve_one(
             return
         with trio.move_on_after(control.ANSWER_S):
             answer = await _answer(line, uid, respond)
-            await stream.send_all(msgspec.json.encode(answer) + b"\n")
+            await stream.send_all(_encoded(answer))
     except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
         return
     finally:
         connections.release()
         await trio.aclose_forcefully(stream)
+
+
+def _encoded(answer: control.Answer) -> bytes:
+    try:
+        return msgspec.json.encode(answer) + b"\n"
+    except UnicodeEncodeError as error:
+        log.error("an answer is not UTF-8")  # noqa: TRY400 - no traceback to show
+        refused = control.Refused(code=DaemonBug.__name__, detail=type(error).__name__)
+        return msgspec.json.encode(refused) + b"\n"
 
 
 async def _receive_line(stream: trio.SocketStream) -> bytes | None:
@@ -78,9 +99,16 @@ async def _receive_line(stream: trio.SocketStream) -> bytes | None:
 async def _answer(line: bytes, uid: int, respond: Responder) -> control.Answer:
     try:
         request = _request_decoder.decode(line)
-    except msgspec.DecodeError as error:
-        return control.Refused(code="UsageInvalid", detail=f"not a request: {error}")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return control.Refused(
+            code=UsageInvalid.__name__, detail=f"not a request: {type(error).__name__}"
+        )
     try:
         return await respond(request, uid)
     except KmsfsError as error:
         return control.Refused(code=error.code, detail=error.detail, hint=error.hint)
+    except Exception as error:  # noqa: BLE001 - one bad request must not end the mount
+        # The class name only: a foreign exception's text may hold content.
+        name = type(error).__name__
+        log.error("answering a %s failed: %s", type(request).__name__, name)  # noqa: TRY400
+        return control.Refused(code=DaemonBug.__name__, detail=name)

@@ -36,10 +36,18 @@ def set_up(target: Target, *, name: str) -> None:
             )
         except OSError:
             handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter(f"{name}: %(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLine(f"{name}: %(levelname)s: %(message)s"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Escapes what is not printable: a file's name must not be able to forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class LogSink:

@@ -31,7 +31,8 @@ async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -
         served=len(survey.files),
         ignored_count=len(survey.ignored),
         ignored=tuple(
-            NamedProblem(path=path, reason=reason) for path, reason in survey.ignored[:_MAX_NAMED]
+            NamedProblem(path=_printable(path), reason=reason)
+            for path, reason in survey.ignored[:_MAX_NAMED]
         ),
         unbound_count=len(unbound),
         unbound=tuple(unbound[:_MAX_NAMED]),
@@ -57,6 +58,11 @@ async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -
         plaintext_in=kinds,
         weaknesses=tuple(_weaknesses(config, volume, client, daemon, kinds)),
     )
+
+
+def _printable(path: str) -> str:
+    """A name that is not UTF-8, as text that is."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> list[NamedProblem]:
