@@ -276,7 +276,7 @@ def load_volume_file(path: Path, *, uid: int, overlay_dir: Path = SYSTEM_CONFIG_
     """
     raw = _read_toml(path, uid=uid)
     for table, key in _SYSTEM_ONLY:
-        if table in raw and (key is None or key in raw[table]):
+        if table in raw and (key is None or key in _table(raw, table, path)):
             name = table if key is None else f"{table}.{key}"
             raise ConfigInvalid(
                 f"{path}: {name} is accepted from {overlay_dir} only",
@@ -291,6 +291,13 @@ def load_volume_file(path: Path, *, uid: int, overlay_dir: Path = SYSTEM_CONFIG_
     overlay = _read_toml(overlay_path, uid=0)
     _convert(overlay, overlay_path)
     return _convert(_merged(raw, overlay), overlay_path)
+
+
+def _table(raw: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    table = raw[name]
+    if not isinstance(table, dict):
+        raise ConfigInvalid(f"{path}: {name} is not a table", hint=f"write it as [{name}]")
+    return table
 
 
 def _read_toml(path: Path, *, uid: int) -> dict[str, Any]:
