@@ -11,7 +11,8 @@ class DecryptRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     Attributes:
         key_ids: allowed keys (ARN, alias or id), in the order in which bare blobs try them.
-        any_key: for bare blobs, send no KeyId and accept whichever key KMS names.
+        any_key: for bare blobs, send no KeyId and accept whichever key KMS names. Without any
+            key_ids, also decrypt Encryption SDK messages under the key that they name.
         encryption_context: sent with bare blobs; required pairs of Encryption SDK messages.
         place: where the file lies; a binding in the file must fit it.
         binding_required: refuse files that are not bound.

@@ -263,8 +263,8 @@ def test_missing_credentials_have_a_status_of_their_own(
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_leaves_no_output(kmsfs: Commands, volume: Path, number: signal.Signals) -> None:
+def reading_command(kmsfs: Commands, volume: Path) -> subprocess.Popen[bytes]:
+    """A command that has begun to read its plaintext and waits for the rest."""
     process = subprocess.Popen(
         [sys.executable, "-m", "kmsfs", "encrypt", "-", "--path", "password"],
         stdin=subprocess.PIPE,
@@ -277,6 +277,24 @@ def test_signal_leaves_no_output(kmsfs: Commands, volume: Path, number: signal.S
     # More than a pipe holds: once it is written, the command is reading.
     process.stdin.write(bytes(1 << 20))
     process.stdin.flush()
+    return process
+
+
+def test_process_that_holds_plaintext_is_locked_in_memory_and_dumps_no_core(
+    kmsfs: Commands, volume: Path
+) -> None:
+    process = reading_command(kmsfs, volume)
+    proc = Path("/proc") / str(process.pid)
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+    (core,) = (line for line in (proc / "limits").read_text().splitlines() if "core file" in line)
+    process.communicate(timeout=60)
+    assert int(status["VmLck"].split()[0]) > 0
+    assert core.split()[4:6] == ["0", "0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_leaves_no_output(kmsfs: Commands, volume: Path, number: signal.Signals) -> None:
+    process = reading_command(kmsfs, volume)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
