@@ -199,7 +199,8 @@ def _unwrap(header: EsdkHeader, rules: DecryptRules, keys: KeyService) -> tuple[
     if not header.key_arns:
         providers = sorted({key.provider_id for key in header.encrypted_data_keys})
         raise KeyNotAllowed(
-            f"encrypted under no KMS key, but by {', '.join(map(repr, providers))}",
+            "its header names no KMS key by ARN; its data key was wrapped by "
+            + ", ".join(map(repr, providers)),
             hint="kmsfs reads Encryption SDK messages whose data key KMS has wrapped",
         )
     raise KeyNotAllowed(f"encrypted under {', '.join(header.key_arns)}")
