@@ -37,6 +37,8 @@ def set_up(target: Target, *, name: str) -> None:
         except OSError:
             handler = logging.NullHandler()
     handler.setFormatter(_OneLine(f"{name}: %(levelname)s: %(message)s"))
+    # A log that cannot be written (no syslog here, a full pipe) must not cost or print anything.
+    logging.raiseExceptions = False
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)

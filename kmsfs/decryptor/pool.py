@@ -22,7 +22,7 @@ from kmsfs.events import EventSink, WorkerEnded
 # A worker is kept this long for the next request, and for at most so many: every one of them
 # leaves copies of plaintext in its heap.
 IDLE_WORKER_S: Final = 5.0
-MAX_REQUESTS_PER_WORKER: Final = 64
+MAX_REQUESTS_PER_WORKER: Final = 256
 
 # A fork takes milliseconds; a zygote that has not answered by then is replaced.
 _SPAWN_S: Final = 3.0

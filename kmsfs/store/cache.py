@@ -96,6 +96,7 @@ class PlaintextCache:
         self._waiting = 0
         self._nursery: trio.Nursery | None = None
         self._sweep_again = trio.Event()
+        self._next_sweep = math.inf
         self._detached = False
         self.locked = False
         self.failures: dict[str, Failure] = {}
@@ -328,7 +329,8 @@ class PlaintextCache:
             entry.idle_from = trio.current_time()
             if not entry.current:
                 self._wipe(entry, "last close")
-            self._wake_sweeper()
+            if self._wipe_at(entry) < self._next_sweep:
+                self._wake_sweeper()
 
     def _wipe_at(self, entry: Entry) -> float:
         if entry.leases:
@@ -342,7 +344,8 @@ class PlaintextCache:
         """Wipe what is due; returns when the next one is."""
         for entry in [e for e in self._entries if self._wipe_at(e) <= now]:
             self._wipe(entry, "expired")
-        return min((self._wipe_at(entry) for entry in self._entries), default=math.inf)
+        self._next_sweep = min(map(self._wipe_at, self._entries), default=math.inf)
+        return self._next_sweep
 
     def _wake_sweeper(self) -> None:
         self._sweep_again.set()
