@@ -3,15 +3,15 @@
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
-REGION = "eu-central-1"
+from tests.support.moto_kms import MotoKms
 
 
 @dataclass(frozen=True)
@@ -72,59 +72,42 @@ def bare_kmsfs(tmp_path: Path) -> Commands:
     return Commands(tmp_path, _clean_environment(tmp_path))
 
 
-@pytest.fixture(scope="session")
-def moto_url() -> Iterator[str]:
-    """Address of a KMS by moto."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def kmsfs(moto_url: str, bare_kmsfs: Commands) -> Commands:
+def kmsfs(moto_kms: MotoKms, bare_kmsfs: Commands) -> Commands:
     """kmsfs with credentials, and moto for KMS."""
-    bare_kmsfs.env |= {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": REGION,
-        "AWS_ENDPOINT_URL_KMS": moto_url,
-    }
+    bare_kmsfs.env |= moto_kms.env(HOME=str(bare_kmsfs.directory))
     return bare_kmsfs
 
 
-@pytest.fixture(scope="session")
-def new_key(moto_url: str) -> Iterator["KeyMaker"]:
-    """Makes keys in moto."""
-    client = boto3.client(
-        "kms",
-        region_name=REGION,
-        endpoint_url=moto_url,
-        aws_access_key_id="testing",
-        aws_secret_access_key="testing",
-    )
-    yield KeyMaker(client)
-    client.close()
-
-
-@dataclass
 class KeyMaker:
-    """`new_key()` makes one and gives its ARN."""
+    """`new_key()` makes a key in moto and gives its ARN."""
 
-    client: object
+    def __init__(self, client: Any) -> None:
+        self.client = client
 
     def __call__(self, alias: str | None = None) -> str:
-        metadata = self.client.create_key()["KeyMetadata"]  # type: ignore[attr-defined]
+        metadata = self.client.create_key()["KeyMetadata"]
         if alias is not None:
-            self.client.create_alias(  # type: ignore[attr-defined]
-                AliasName=alias, TargetKeyId=metadata["KeyId"]
-            )
+            self.client.create_alias(AliasName=alias, TargetKeyId=metadata["KeyId"])
         return str(metadata["Arn"])
 
 
 @pytest.fixture
-def key(new_key: "KeyMaker") -> str:
+def new_key(moto_kms: MotoKms) -> Iterator[KeyMaker]:
+    """Makes keys."""
+    client = moto_kms.client()
+    yield KeyMaker(client)
+    client.close()
+
+
+@pytest.fixture
+def alias() -> str:
+    """A name that no other test has given a key of the same moto."""
+    return f"alias/{uuid.uuid4()}"
+
+
+@pytest.fixture
+def key(new_key: KeyMaker) -> str:
     """ARN of a new key."""
     return new_key()
 
@@ -132,6 +115,11 @@ def key(new_key: "KeyMaker") -> str:
 @pytest.fixture
 def volume(kmsfs: Commands, key: str) -> Path:
     """A volume named `web` under `key`; commands run in it."""
+    return make_volume(kmsfs, key)
+
+
+def make_volume(kmsfs: Commands, key: str) -> Path:
+    """The same under any key service."""
     root = kmsfs.directory / "web"
     root.mkdir()
     (root / "kmsfs.toml").write_text(

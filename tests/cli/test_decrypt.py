@@ -190,7 +190,7 @@ def test_standard_input_is_decrypted_under_its_path(
 def test_blobs_are_decrypted_under_the_keys_given(
     kmsfs: Commands, new_key: KeyMaker, key: str
 ) -> None:
-    blob = new_key.client.encrypt(KeyId=key, Plaintext=SECRET)  # type: ignore[attr-defined]
+    blob = new_key.client.encrypt(KeyId=key, Plaintext=SECRET)
     (kmsfs.directory / "a.kms").write_bytes(blob["CiphertextBlob"])
     (kmsfs.directory / "b.kms").write_bytes(base64.encodebytes(blob["CiphertextBlob"]))
     for name in ("a.kms", "b.kms"):

@@ -228,10 +228,10 @@ def test_volumes_pairs_are_written_with_those_given(
 
 
 def test_key_that_the_volume_does_not_allow_is_warned_of(
-    kmsfs: Commands, volume: Path, plain: Path, new_key: KeyMaker
+    kmsfs: Commands, volume: Path, plain: Path, new_key: KeyMaker, alias: str
 ) -> None:
-    other = new_key(alias="alias/other")
-    done = kmsfs.good("encrypt", "nginx/ssl.pem", "--key-id", "alias/other")
+    other = new_key(alias=alias)
+    done = kmsfs.good("encrypt", "nginx/ssl.pem", "--key-id", alias)
     assert done.lines[0] == (
         f"kmsfs: warning: {plain}.encrypted: volume 'web' does not allow its key {other}"
     )

@@ -24,12 +24,10 @@ def written(directory: Path) -> dict[str, Any]:
 
 
 def test_key_is_stored_as_arn_whatever_it_was_named_by(
-    kmsfs: Commands, directory: Path, new_key: KeyMaker
+    kmsfs: Commands, directory: Path, new_key: KeyMaker, alias: str
 ) -> None:
-    first, second = new_key(alias="alias/web"), new_key()
-    done = kmsfs.good(
-        "init", directory, "--key-id", "alias/web", "--key-id", second.rpartition("/")[2]
-    )
+    first, second = new_key(alias=alias), new_key()
+    done = kmsfs.good("init", directory, "--key-id", alias, "--key-id", second.rpartition("/")[2])
     assert done.stdout.decode() == "my secrets/kmsfs.toml\n"
     assert done.stderr == ""
     assert written(directory)["kms"] == {"key_ids": [first, second]}
@@ -123,6 +121,6 @@ def test_directory_that_others_can_write_is_warned_of(
 
 
 def test_endpoint_given_is_kept(kmsfs: Commands, directory: Path, key: str) -> None:
-    url = kmsfs.env.pop("AWS_ENDPOINT_URL_KMS")
+    url = kmsfs.env.pop("AWS_ENDPOINT_URL")
     kmsfs.good("init", directory, "--key-id", key, "--endpoint-url", url)
     assert written(directory)["kms"]["endpoint_url"] == url
