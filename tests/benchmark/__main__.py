@@ -1,0 +1,21 @@
+"""`python -m tests.benchmark [first_read] [start] [load]`: print every ratio with its bound."""
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+_ALL = ("first_read", "start", "load")
+
+
+def main(names: list[str]) -> None:
+    """Run the named benchmarks, or all."""
+    for name in names or _ALL:
+        module = importlib.import_module(f"tests.benchmark.{name}")
+        with tempfile.TemporaryDirectory(prefix="kmsfs-benchmark-") as directory:
+            for result in module.measure(Path(directory) / name):
+                print(result, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

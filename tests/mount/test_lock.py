@@ -1,0 +1,139 @@
+"""`kmsfs lock`: nothing is served, nothing is held, and nobody who could hold a copy lives."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.mounts import children_of, process_name, wait_gone, wait_until
+from tests.support.sites import Site, StrictSite
+
+_MAPPER = """
+import mmap, os, sys
+file = open(sys.argv[1], "rb")
+view = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+first = view[0]
+print("mapped", flush=True)
+sys.stdin.readline()
+print(view[len(view) - 1], view[0])
+"""
+
+
+def test_lock_refuses_opens_and_unlock_serves_again(site: Site) -> None:
+    site.make_volume()
+    plaintext = site.secret("key", 500)
+    site.encrypt("key", plaintext)
+    volume = site.mount()
+    assert (volume.path / "key").read_bytes() == plaintext
+    volume.kmsfs("lock", volume.path)
+    assert site.error_of_cat(volume.path / "key") == "Required key not available"
+    assert (volume.path / "key").stat().st_size == len(plaintext)
+    status = volume.status()
+    assert (status["locked"], status["cached"], status["cached_bytes"]) == (True, [], 0)
+    volume.kmsfs("unlock", volume.path)
+    assert (volume.path / "key").read_bytes() == plaintext
+    assert volume.status()["locked"] is False
+
+
+def test_files_open_at_lock_stay_dead_after_unlock(site: Site) -> None:
+    site.make_volume()
+    site.encrypt("key", site.secret("key", 500))
+    volume = site.mount()
+    with (volume.path / "key").open("rb", buffering=0) as opened:
+        assert len(opened.read(100)) == 100
+        volume.kmsfs("lock", volume.path)
+        with pytest.raises(OSError, match="Required key not available"):
+            opened.read(100)
+        volume.kmsfs("unlock", volume.path)
+        with pytest.raises(OSError, match="Required key not available"):
+            opened.read(100)
+    assert len((volume.path / "key").read_bytes()) == 500
+
+
+def test_lock_ends_every_process_that_decrypted_or_holds_credentials(site: Site) -> None:
+    site.make_volume()
+    site.encrypt("key", site.secret("key", 500))
+    volume = site.mount()
+    launcher_pid = volume.launcher_pid
+    (volume.path / "key").read_bytes()
+    before = {pid: process_name(pid) for pid in children_of(launcher_pid)}
+    assert sorted(before.values()) == ["kmsfs-daemon", "kmsfs-worker", "kmsfs-zygote"]
+    volume.kmsfs("lock", volume.path)
+    for pid, name in before.items():
+        if name != "kmsfs-daemon":
+            wait_gone(pid)
+    wait_until(
+        lambda: [process_name(pid) for pid in children_of(launcher_pid)] == ["kmsfs-daemon"],
+        "the launcher has reaped the zygote",
+    )
+
+
+def test_a_program_with_a_live_map_gets_sigbus(site: Site) -> None:
+    site.make_volume()
+    site.encrypt("key", site.secret("key", 50_000))
+    volume = site.mount()
+    mapper = subprocess.Popen(
+        [sys.executable, "-c", _MAPPER, str(volume.path / "key")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert mapper.stdin is not None
+    assert mapper.stdout is not None
+    assert mapper.stdout.readline() == "mapped\n"
+    volume.kmsfs("lock", volume.path)
+    output, _ = mapper.communicate("go\n", timeout=20)
+    assert mapper.returncode == -signal.SIGBUS
+    assert output == ""
+
+
+def test_locked_memory_returns_to_where_it_began(site: Site) -> None:
+    site.make_volume()
+    for index in range(10):
+        site.encrypt(f"key-{index}", site.secret(f"key {index}", 20_000))
+    volume = site.mount()
+    daemon_pid = volume.status()["daemon_pid"]
+    before = locked_bytes(daemon_pid)
+    for index in range(10):
+        (volume.path / f"key-{index}").read_bytes()
+    assert locked_bytes(daemon_pid) >= before + 10 * 20_000
+    volume.kmsfs("lock", volume.path)
+    assert locked_bytes(daemon_pid) == before
+
+
+def test_locking_twice_and_unlocking_twice_is_harmless(site: Site) -> None:
+    site.encrypt_with_aws_cli("key.encrypted", site.secret("key", 100))
+    volume = site.mount()
+    for _ in range(2):
+        volume.kmsfs("lock", volume.path)
+    for _ in range(2):
+        volume.kmsfs("unlock", volume.path)
+    assert len((volume.path / "key").read_bytes()) == 100
+
+
+def test_an_open_waiting_for_kms_fails_at_once_when_locked(strict_site: StrictSite) -> None:
+    site = strict_site
+    site.write("slow.encrypted", site.blob(site.secret("slow", 40)))
+    site.key.latency_s = 3.0
+    volume = site.mount()
+    reader = subprocess.Popen(
+        ["cat", volume.path / "slow"],
+        env={"LC_ALL": "C"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: bool(volume.status()["worker_pids"]), "a worker asks KMS")
+    volume.kmsfs("lock", volume.path)
+    _, error = reader.communicate(timeout=2)
+    assert error.strip().endswith("Required key not available")
+
+
+def locked_bytes(pid: int) -> int:
+    """VmLck of a process."""
+    with open(f"/proc/{pid}/status") as file:
+        for line in file:
+            if line.startswith("VmLck:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError("no VmLck line")
