@@ -23,6 +23,8 @@ SYSTEM_CONFIG_DIR: Final = Path("/etc/kmsfs")
 VOLUME_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a volume may be called; the whole name has to match."""
 
+_NAME_HINT: Final = "letters, digits, dot, dash and underscore, 64 at most"
+
 # A volume file is a page of text; the bound keeps a planted device or huge file from being read.
 _MAX_CONFIG_BYTES: Final = 1 << 20
 
@@ -226,15 +228,6 @@ def path_matches(pattern: str, path: str) -> bool:
     return bool(glob.globmatch(path, pattern, flags=glob.GLOBSTAR | glob.DOTGLOB | glob.FORCEUNIX))
 
 
-def find_volume_root(start: Path) -> Path | None:
-    """The nearest directory at or above `start` that has a kmsfs.toml; None if there is none."""
-    absolute = Path(os.path.abspath(start))
-    for directory in (absolute, *absolute.parents):
-        if (directory / VOLUME_FILE_NAME).exists():
-            return directory
-    return None
-
-
 def check_trusted(path: Path, *, uid: int) -> None:
     """Refuse a configuration file that anybody but root and `uid` could have written.
 
@@ -293,6 +286,44 @@ def load_volume_file(path: Path, *, uid: int, overlay_dir: Path = SYSTEM_CONFIG_
     return _convert(_merged(raw, overlay), overlay_path)
 
 
+def system_volumes(system_dir: Path = SYSTEM_CONFIG_DIR) -> dict[Path, tuple[str, VolumeFile]]:
+    """Volumes that the system configuration defines alone: its files that have `volume.source`.
+
+    Returns:
+        Name and file of the volume at each root directory. A root is `volume.source`, as it is
+        written and also with its symbolic links resolved. The name is the file's own.
+
+    Raises:
+        ConfigInvalid: a file cannot be read or honoured, contradicts its own name, or claims
+            another's directory.
+        ConfigUntrusted: see `check_trusted`.
+    """
+    try:
+        paths = sorted(path for path in system_dir.iterdir() if path.suffix == ".toml")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigInvalid(f"{system_dir}: {error.strerror}") from error
+    found: dict[Path, tuple[str, VolumeFile]] = {}
+    for path in paths:
+        file = _convert(_read_toml(path, uid=0), path)
+        if file.volume.source is None:
+            continue
+        if file.volume.name not in (None, path.stem) or not VOLUME_NAME.fullmatch(path.stem):
+            raise ConfigInvalid(
+                f"{path} defines a volume and is not called after it",
+                hint=f"call it NAME.toml, NAME being {_NAME_HINT}",
+            )
+        if not os.path.isabs(file.volume.source):
+            raise ConfigInvalid(f"{path}: volume.source is not an absolute path")
+        written = Path(os.path.normpath(file.volume.source))
+        for root in {written, Path(os.path.realpath(written))}:
+            if root in found:
+                raise ConfigInvalid(f"{path}: {root} is volume {found[root][0]!r} already")
+            found[root] = (path.stem, file)
+    return found
+
+
 def _table(raw: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     table = raw[name]
     if not isinstance(table, dict):
@@ -327,7 +358,7 @@ def _convert(raw: dict[str, Any], path: Path) -> VolumeFile:
     if name is not None and not VOLUME_NAME.fullmatch(name):
         raise ConfigInvalid(
             f"{path}: volume.name = {name!r} is not a name",
-            hint="letters, digits, dot, dash and underscore, 64 at most",
+            hint=_NAME_HINT,
         )
     cache_settings(found.cache)
     for rule in found.rule:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kmsfs.config import (
+    SYSTEM_CONFIG_DIR,
     VOLUME_FILE_NAME,
     VolumeFile,
-    find_volume_root,
     load_volume_file,
     path_matches,
+    system_volumes,
 )
 from kmsfs.errors import ConfigInvalid, UsageInvalid
 from kmsfs.formats.binding import Place
@@ -29,23 +30,38 @@ class VolumeHere:
         return any(path_matches(pattern, path) for pattern in self.file.volume.unbound)
 
 
-def volume_above(directory: Path) -> VolumeHere | None:
-    """The volume that a directory belongs to; None if no kmsfs.toml lies in or above it.
+def volume_above(directory: Path, *, system_dir: Path = SYSTEM_CONFIG_DIR) -> VolumeHere | None:
+    """The volume that a directory belongs to; None if it belongs to none.
+
+    Its root is the nearest directory at or above this one that has a kmsfs.toml, or else the
+    nearest that a file of the system configuration names as its `volume.source`.
 
     The path is taken as it is written first, and with its symbolic links resolved second: a
     link inside a volume leads to paths of that volume, a link from outside leads into it.
 
     Raises:
-        ConfigInvalid, ConfigUntrusted: its kmsfs.toml cannot be honoured.
+        ConfigInvalid, ConfigUntrusted: the configuration cannot be honoured.
     """
-    root = find_volume_root(directory) or find_volume_root(Path(os.path.realpath(directory)))
-    if root is None:
-        return None
-    file = load_volume_file(root / VOLUME_FILE_NAME, uid=os.geteuid())
+    as_written = Path(os.path.abspath(directory))
+    resolved = Path(os.path.realpath(directory))
+    places = (as_written, *as_written.parents, resolved, *resolved.parents)
+    for root in places:
+        if (root / VOLUME_FILE_NAME).exists():
+            return _volume_at(root, system_dir)
+    # Read only now: a bad file there stops no volume that has its own.
+    defined = system_volumes(system_dir)
+    for root in places:
+        if root in defined:
+            return VolumeHere(root, *defined[root])
+    return None
+
+
+def _volume_at(root: Path, system_dir: Path) -> VolumeHere:
+    path = root / VOLUME_FILE_NAME
+    file = load_volume_file(path, uid=os.geteuid(), overlay_dir=system_dir)
     if file.volume.name is None:
         raise ConfigInvalid(
-            f"{root / VOLUME_FILE_NAME} does not name its volume",
-            hint='add name = "..." under [volume]',
+            f"{path} does not name its volume", hint='add name = "..." under [volume]'
         )
     return VolumeHere(root, file.volume.name, file)
 
