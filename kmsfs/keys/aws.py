@@ -191,19 +191,16 @@ class AwsKeyService:
             region = region_of(key_id) or session.region
             if region is None:
                 raise RegionUnknown(f"{aws_errors.describe(operation, key_id)}: no region is known")
-            method = getattr(session.client(region), _METHODS[operation])
-            try:
-                answer = method(**parameters)
-            except aws_errors.UNREADABLE_ANSWER as error:
-                if isinstance(error, botocore.exceptions.BotoCoreError):
-                    raise
-                raise KmsAnswerInvalid(
-                    f"{operation}: the answer cannot be read ({type(error).__name__})"
-                ) from None
+            answer = getattr(session.client(region), _METHODS[operation])(**parameters)
         except botocore.exceptions.ClientError as error:
             raise aws_errors.translate_client_error(error, operation, key_id) from None
         except botocore.exceptions.BotoCoreError as error:
             raise aws_errors.translate_botocore_error(error, operation, key_id) from None
+        except aws_errors.STRAY as error:
+            translated = aws_errors.translate_stray(error, operation, key_id)
+            if translated is None:
+                raise
+            raise translated from None
         if not isinstance(answer, dict):
             raise KmsAnswerInvalid(f"{operation}: the answer is no structure")
         return answer

@@ -6,7 +6,8 @@ exceptions themselves are not kept as causes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from types import TracebackType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -139,7 +140,7 @@ _NETWORK_ERRORS: Final = (
     boto.HTTPClientError,
 )
 
-UNREADABLE_ANSWER: Final = (
+_UNREADABLE: Final = (
     ResponseParserError,
     ValueError,
     TypeError,
@@ -147,16 +148,14 @@ UNREADABLE_ANSWER: Final = (
     AttributeError,
     RecursionError,
 )
-"""What botocore's parsers let out when an answer is not what the protocol says."""
 
-CREDENTIAL_SOURCE_FAILURES: Final = (
-    *UNREADABLE_ANSWER,
-    OSError,
-    EOFError,
-    RuntimeError,
-)
-"""What sources of credentials raise beside botocore's own errors: a token file that is missing, a
-credential process that answers no JSON, a question for an MFA code with nobody there."""
+STRAY: Final = (*_UNREADABLE, OSError, EOFError, RuntimeError)
+"""What botocore lets out beside its own errors: its parsers where an answer is not what the
+protocol says; its sources of credentials where a token file is missing, a program answers no
+JSON, or there is nobody to ask for an MFA code."""
+
+# Where those sources live.
+_CREDENTIAL_MODULES: Final = frozenset({"botocore.credentials", "botocore.tokens"})
 
 
 def translate_client_error(
@@ -227,9 +226,29 @@ def translate_botocore_error(
     return KmsAnswerInvalid(f"{what}: {name}")
 
 
+def translate_stray(error: Exception, operation: str, key_id: str | None) -> KmsfsError | None:
+    """One of `STRAY`; None where it is neither of credentials nor of an answer."""
+    name = type(error).__name__
+    if _passed_through(error.__traceback__, _CREDENTIAL_MODULES):
+        return CredentialsUnavailable(f"no usable AWS credentials: {name} from their source")
+    if isinstance(error, _UNREADABLE):
+        return KmsAnswerInvalid(
+            f"{describe(operation, key_id)}: the answer cannot be read ({name})"
+        )
+    return None
+
+
 def describe(operation: str, key_id: str | None) -> str:
     """An operation and the key it was about, for an error's detail."""
     return f"{operation} under {key_id}" if key_id is not None else f"{operation} under any key"
+
+
+def _passed_through(trace: TracebackType | None, modules: Container[str]) -> bool:
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") in modules:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _by_status(status: object) -> type[KmsfsError]:

@@ -29,7 +29,6 @@ from botocore.session import Session
 from kmsfs.config import KmsSettings
 from kmsfs.errors import ConfigInvalid, CredentialsUnavailable
 from kmsfs.keys import deadline
-from kmsfs.keys.aws_errors import CREDENTIAL_SOURCE_FAILURES
 
 # Botocore's defaults wait 60 s for each connection and each read, five times over.
 CONNECT_TIMEOUT_S: Final = 1.0
@@ -83,18 +82,21 @@ class AwsSession:
         return _SOURCE_NAMES.get(self._credentials.method, self._credentials.method)
 
     def client(self, region: str) -> BaseClient:
-        """The KMS client for a region, with credentials that are there and not expired.
+        """The KMS client for a region; it signs with credentials that were found.
 
         Raises:
-            CredentialsUnavailable: there are none.
+            CredentialsUnavailable: none were found.
             ConfigInvalid: endpoint_url is no URL.
-            botocore's own errors.
+            botocore's own errors, and `aws_errors.STRAY` from sources of credentials.
         """
         with self._lock:
             if self.region is None:
                 # Sources that ask STS do it where KMS is, as for botocore's own clients.
                 self._session.set_config_variable("region", region)
-            self._credentials = _fresh_credentials(self._session)
+            if self._credentials is None:
+                self._credentials = self._session.get_credentials()
+            if self._credentials is None:
+                raise CredentialsUnavailable("no AWS credentials found")
             if region not in self._clients:
                 self._clients[region] = self._new_client(region)
             return self._clients[region]
@@ -241,23 +243,6 @@ class _RoleProvider(CredentialProvider):
             extra_args={"RoleSessionName": _ROLE_SESSION_NAME},
         )
         return DeferredRefreshableCredentials(fetcher.fetch_credentials, self.METHOD)
-
-
-def _fresh_credentials(session: Session) -> Credentials:
-    """Find credentials, or refresh those that need it."""
-    try:
-        credentials = session.get_credentials()
-        if credentials is not None:
-            credentials.get_frozen_credentials()
-    except botocore.exceptions.BotoCoreError:
-        raise
-    except CREDENTIAL_SOURCE_FAILURES as error:
-        raise CredentialsUnavailable(
-            f"no usable AWS credentials: {type(error).__name__} from their source"
-        ) from None
-    if credentials is None:
-        raise CredentialsUnavailable("no AWS credentials found")
-    return credentials
 
 
 def _check_deadline(**_: object) -> None:

@@ -7,6 +7,7 @@ calls, is interrupted by a timer signal. Elsewhere only `check` holds, between t
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from typing import Final
 
 from kmsfs.errors import DeadlineExceeded
 
-# An exception that a destructor swallows is raised again after this time.
-_REPEAT_S: Final = 0.25
+# What is raised in a destructor is swallowed by the interpreter, so it is raised again.
+_REPEAT_S: Final = 0.1
 
 _ends_at: ContextVar[float | None] = ContextVar("_ends_at", default=None)
 
@@ -42,8 +43,9 @@ def limit(seconds: float) -> Iterator[None]:
     """End what runs inside after `seconds`; not to be nested.
 
     In the main thread this uses SIGALRM and the real-time timer, and leaves both as they were.
-    What was interrupted is in an unknown state: connections and sessions are to be dropped. A
-    name server that does not answer is outlasted, not interrupted.
+    What was interrupted is in an unknown state: connections and sessions are to be dropped, and
+    a program that was to give credentials lives on. A name server that does not answer is
+    outlasted, not interrupted.
 
     Raises:
         DeadlineExceeded: the time was up; at once where `seconds` is not positive.
@@ -62,7 +64,14 @@ def limit(seconds: float) -> Iterator[None]:
             if armed:
                 raise _TimeUp
 
-        before = signal.signal(signal.SIGALRM, ring)
+        hook_before = sys.unraisablehook
+
+        def swallowed(raised: "sys.UnraisableHookArgs") -> None:
+            if raised.exc_type is not _TimeUp:
+                hook_before(raised)
+
+        handler_before = signal.signal(signal.SIGALRM, ring)
+        sys.unraisablehook = swallowed
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds, _REPEAT_S)
             yield
@@ -71,6 +80,7 @@ def limit(seconds: float) -> Iterator[None]:
         finally:
             armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.signal(signal.SIGALRM, handler_before)
+            sys.unraisablehook = hook_before
     finally:
         _ends_at.reset(token)
