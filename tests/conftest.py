@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.aws_files import AwsFiles
 from tests.support.fault_proxy import FaultProxy
 from tests.support.moto_kms import MotoKms
 from tests.support.requirements import require_mount
@@ -27,6 +28,12 @@ def _no_aws_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-aws-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
+
+
+@pytest.fixture
+def aws_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AwsFiles:
+    """This process's AWS configuration and environment, to be filled by the test."""
+    return AwsFiles(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -157,10 +157,11 @@ class FaultProxy:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
-        with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            _reset(connection)
+        with self._changed:
+            for connection in self._connections:
+                _reset(connection)
+            # Until their threads have closed them, they would take one more request.
+            self._changed.wait_for(lambda: not self._connections, 2.0)
 
     def accept(self) -> None:
         """Listen, again on the same port after `refuse`."""
@@ -210,9 +211,10 @@ class FaultProxy:
                         return
         finally:
             upstream.close()
-            with self._lock:
-                self._connections.discard(connection)
             connection.close()
+            with self._changed:
+                self._connections.discard(connection)
+                self._changed.notify_all()
 
     def _rule_for(self, request: _Request) -> _Rule | None:
         with self._changed:
