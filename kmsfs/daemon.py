@@ -4,7 +4,7 @@ Serves readers from /dev/fuse and holds plaintext in locked memory only. No boto
 credentials, no network, no exec. Its descriptors come from the launcher; it ends when the mount
 is gone, on SIGTERM, or when the launcher is gone, and has wiped everything then.
 
-Run as `python -m kmsfs.daemon FUSE_FD LAUNCHER_FD CONTROL_FD CONFIG_FD LOG_TARGET`.
+Run as `python -m kmsfs.daemon LAUNCHER_FD LOG_TARGET`; all else comes over that descriptor.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import sys
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, get_args
 
 import msgspec
 import pyfuse3
@@ -23,7 +24,7 @@ from kmsfs.admin import control, control_server, eventlog, observe
 from kmsfs.config import MountConfig
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
-from kmsfs.errors import GuaranteeNotMet, KmsfsError
+from kmsfs.errors import ExitCode, GuaranteeNotMet, KmsfsError
 from kmsfs.events import Event, EventSink, LockChanged
 from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
@@ -180,19 +181,32 @@ class Daemon:
         pyfuse3.terminate()
 
 
+@dataclass(slots=True)
+class _Handed:
+    """What the launcher hands over before the daemon begins."""
+
+    config: MountConfig
+    listener: socket.socket
+    fuse_fd: int
+
+
 def main(argv: list[str]) -> int:
     """Be the daemon; returns the exit status."""
-    fuse_fd, launcher_fd, control_fd, config_fd = (int(text) for text in argv[:4])
+    launcher_fd, log_target = int(argv[0]), argv[1]
     process.harden("kmsfs-daemon")
     process.forbid_new_privileges()
-    eventlog.set_up("stderr" if argv[4] == "stderr" else "syslog", name="kmsfs")
+    eventlog.set_up("stderr" if log_target == "stderr" else "syslog", name="kmsfs")
     # A terminal's ^C is the launcher's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(config_fd, "rb") as file:
-        config = msgspec.json.decode(file.read(), type=MountConfig)
     launcher = socket.socket(fileno=launcher_fd)
     try:
-        trio.run(_run, config, launcher, socket.socket(fileno=control_fd), fuse_fd)
+        handed = _receive_handed(launcher)
+    except wire.WireError as error:
+        # Mostly the launcher found that nothing can be mounted, and says why itself.
+        log.debug("nothing to serve: %s", error)
+        return int(ExitCode.MOUNTPOINT)
+    try:
+        trio.run(_run, handed, launcher)
     except KmsfsError as error:
         wire.send(
             launcher, wire.DaemonFailed(code=error.code, detail=error.detail, hint=error.hint)
@@ -201,10 +215,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-async def _run(
-    config: MountConfig, launcher: socket.socket, listener: socket.socket, fuse_fd: int
-) -> None:
-    await Daemon(config, launcher, listener, fuse_fd).run()
+def _receive_handed(launcher: socket.socket) -> _Handed:
+    fds: dict[wire.Handed, int] = {}
+    while len(fds) < len(get_args(wire.Handed)):
+        message, fd = wire.expect(wire.receive(launcher), wire.HandOver)
+        if fd is None or message.item in fds:
+            raise wire.WireError(f"{message.item} was handed over without a descriptor, or twice")
+        fds[message.item] = fd
+    with open(fds["config"], "rb") as file:
+        config = msgspec.json.decode(file.read(), type=MountConfig)
+    return _Handed(config, socket.socket(fileno=fds["control"]), fds["fuse"])
+
+
+async def _run(handed: _Handed, launcher: socket.socket) -> None:
+    await Daemon(handed.config, launcher, handed.listener, handed.fuse_fd).run()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import errno
 import os
 import select
 import socket
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from kmsfs.cli.options import (
     key_ids_option,
 )
 from kmsfs.errors import ControlUnavailable, MountpointUnusable
+
+if TYPE_CHECKING:
+    from kmsfs.config import MountConfig
 
 # Unmounting includes wiping; a daemon that takes longer is reported, not waited for.
 _END_S = 20.0
@@ -63,31 +67,32 @@ def mount(
     Returns when the mount is ready, or says why it is not. Files are decrypted when they are
     first opened, into locked memory.
     """
-    from kmsfs.admin import eventlog
     from kmsfs.launcher import launch
-    from kmsfs.manage.keys import KeyOptions
-    from kmsfs.manage.mounting import MountOptions, mount_config, with_option_text
 
-    options = MountOptions(
-        keys=KeyOptions(
-            key_ids=key_ids,
-            any_key=any_key,
-            encryption_context=encryption_context,
-            profile=aws.profile,
-            region=aws.region,
-            endpoint_url=aws.endpoint_url,
-        ),
-        owner=owner,
-        group=group,
-        mode=mode,
-        dir_mode=dir_mode,
-        view=view,
-    )
-    for text in option_texts:
-        options = with_option_text(options, text)
-    config = mount_config(source, mountpoint, options)
-    eventlog.set_up("stderr" if foreground else "syslog", name="kmsfs")
-    return launch(config, foreground=foreground, ready=lambda: None)
+    def make_config() -> "MountConfig":
+        from kmsfs.manage.keys import KeyOptions
+        from kmsfs.manage.mounting import MountOptions, mount_config, with_option_text
+
+        options = MountOptions(
+            keys=KeyOptions(
+                key_ids=key_ids,
+                any_key=any_key,
+                encryption_context=encryption_context,
+                profile=aws.profile,
+                region=aws.region,
+                endpoint_url=aws.endpoint_url,
+            ),
+            owner=owner,
+            group=group,
+            mode=mode,
+            dir_mode=dir_mode,
+            view=view,
+        )
+        for text in option_texts:
+            options = with_option_text(options, text)
+        return mount_config(source, mountpoint, options)
+
+    return launch(make_config, foreground=foreground)
 
 
 @click.command()

@@ -9,7 +9,7 @@ import array
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -100,6 +100,19 @@ class Failed(_Message, frozen=True):
     hint: str | None = None
 
 
+Handed = Literal["config", "control", "fuse"]
+
+
+class HandOver(_Message, frozen=True):
+    """Launcher to daemon, with one of the descriptors that it needs to begin.
+
+    `config`: the mount's configuration as JSON; `control`: the listening control socket; `fuse`:
+    /dev/fuse, mounted.
+    """
+
+    item: Handed
+
+
 class DaemonReady(_Message, frozen=True):
     """Daemon to launcher, once: requests are served from now on."""
 
@@ -133,6 +146,7 @@ Message = (
     | Decrypted
     | Taken
     | Failed
+    | HandOver
     | DaemonReady
     | DaemonFailed
     | ZygoteWanted
@@ -140,7 +154,7 @@ Message = (
     | Detached
 )
 
-_MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, NewZygote)
+_MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, HandOver, NewZygote)
 _MAY_CARRY: Final = (Decrypted,)
 
 # What msgspec raises for bytes that are no message: besides its own errors those of text that is

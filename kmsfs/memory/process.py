@@ -70,22 +70,23 @@ def lock_all_memory() -> bool:
     return False
 
 
-def raise_memlock_limit(wanted_bytes: int) -> None:
+def raise_memlock_limit(wanted_bytes: int, *, pid: int = 0) -> None:
     """Raise the soft limit of locked memory to `wanted_bytes`, as far as that is permitted.
 
     Children inherit it. What is really available shows in `Arena.budget_bytes`.
+
+    Args:
+        pid: another process of the same user; 0 is this one.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY or soft >= wanted_bytes:
         return
+    reachable = wanted_bytes if hard == resource.RLIM_INFINITY else max(hard, wanted_bytes)
     with contextlib.suppress(ValueError, OSError):
-        unlimited_hard = hard == resource.RLIM_INFINITY
-        resource.setrlimit(
-            resource.RLIMIT_MEMLOCK,
-            (wanted_bytes, hard if unlimited_hard else max(hard, wanted_bytes)),
-        )
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (wanted_bytes, reachable))
         return
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
 def report(*, memory_locked: bool) -> ProcessReport:

@@ -1,9 +1,4 @@
-"""The launcher: mounts, starts and replaces daemon and zygote, unmounts. Never any plaintext.
-
-Single-threaded, without an event loop: it waits for one of a handful of descriptors. It is the
-only process of a mount that execs, and gives what it execs a clean environment and exactly the
-descriptors meant for it.
-"""
+"""Runs one mount from beginning to end: starts, watches, replaces, unmounts."""
 
 import contextlib
 import errno
@@ -12,19 +7,17 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
-
-import msgspec
 
 from kmsfs import libc
 from kmsfs.admin import control
 from kmsfs.config import MountConfig
 from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError, MountFailed, from_code
+from kmsfs.launcher import children
+from kmsfs.launcher.children import Child
 from kmsfs.memory import process
 from kmsfs.views import mountpoint as mounts
 
@@ -43,46 +36,22 @@ _ZYGOTE_PAUSE_S: Final = 0.5
 # Left above the plaintexts for the reply buffer and what is on its way.
 _MEMLOCK_MARGIN_BYTES: Final = 4 << 20
 
-_PLAIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-# What the AWS libraries look at besides AWS_*: home directory, proxies, certificates.
-_ZYGOTE_VARIABLES: Final = frozenset(
-    {"HOME", "PATH", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"}
-    | {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"}
-)
-
-
-@dataclass(slots=True)
-class _Child:
-    pid: int
-    pidfd: int
-
-    def kill(self, number: signal.Signals) -> None:
-        """Signal the process, if it still is."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
-
-    def wait(self, timeout_s: float) -> int | None:
-        """Exit code (negative: signal), None if it does not end in time."""
-        if not _readable(self.pidfd, timeout_s):
-            return None
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.pidfd)
-        return os.waitstatus_to_exitcode(status)
-
 
 class Launcher:
     """Runs one mount from beginning to end.
 
     Args:
+        make_config: yields the mount's configuration, or raises why it is impossible; called
+            once, while the daemon is already importing its libraries.
         log_target: where the daemon's log goes, `stderr` or `syslog`.
     """
 
-    def __init__(self, config: MountConfig, *, log_target: str) -> None:
-        self._config = config
+    def __init__(self, make_config: Callable[[], MountConfig], *, log_target: str) -> None:
+        self._make_config = make_config
+        self._known_config: MountConfig | None = None
         self._log_target = log_target
-        self._daemon: _Child | None = None
-        self._zygote: _Child | None = None
+        self._daemon: Child | None = None
+        self._zygote: Child | None = None
         self._lifeline: socket.socket | None = None
         self._mount: mounts.Mount | None = None
         self._control_path: str | None = None
@@ -102,11 +71,11 @@ class Launcher:
         """
         self._catch_signals()
         libc.set_process_name("kmsfs-launcher")
-        mounts.prepare(self._config.mountpoint)
-        process.raise_memlock_limit(self._config.cache.max_bytes + _MEMLOCK_MARGIN_BYTES)
         try:
-            self._start_all()
-            self._await_ready()
+            self._start_daemon()
+            self._known_config = self._make_config()
+            mounts.prepare(self._config.mountpoint)
+            self._mount_and_serve()
         except BaseException:
             self._end_all()
             raise
@@ -141,28 +110,62 @@ class Launcher:
 
     # --- starting --------------------------------------------------------------------------------
 
-    def _start_all(self) -> None:
+    @property
+    def _config(self) -> MountConfig:
+        assert self._known_config is not None, "used before it is known"
+        return self._known_config
+
+    def _start_daemon(self) -> None:
+        """A new daemon, which waits on the lifeline for what it is to serve."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lifeline = ours
+        with theirs:
+            self._daemon = children.spawn(
+                "kmsfs.daemon",
+                [theirs.fileno()],
+                [self._log_target],
+                children.daemon_environment(),
+                quiet=self._log_target != "stderr",
+            )
+
+    def _mount_and_serve(self) -> None:
+        """Mount, give the daemon what it serves, and wait until it does.
+
+        Raises:
+            KmsfsError: why it cannot be.
+        """
         config = self._config
+        assert self._daemon is not None
+        assert self._lifeline is not None
+        self._raise_memlock_limit(self._daemon)
         fuse_fd = mounts.mount_fuse(
             config.source, config.mountpoint, allow_other=config.allow_other
         )
         # Kept open here, readers would hang instead of getting ENOTCONN when the daemon dies.
-        with _closing(fuse_fd):
+        with children.closing(fuse_fd):
             self._mount = mounts.find_mount(config.mountpoint)
             if self._mount is None or self._mount.fs_type != mounts.FS_TYPE:
                 raise MountFailed(f"{config.mountpoint} is not in the mount table")
             self._detached = False
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._lifeline = ours
-            with theirs, self._listen() as listener, _memory_file(config) as config_fd:
-                self._daemon = _spawn(
-                    "kmsfs.daemon",
-                    [fuse_fd, theirs.fileno(), listener.fileno(), config_fd],
-                    [self._log_target],
-                    {"PATH": _PLAIN_PATH, "LANG": "C.UTF-8"},
-                    quiet=self._log_target != "stderr",
-                )
+            with self._listen() as listener, children.memory_file(config) as config_fd:
+                self._hand_over("config", config_fd)
+                self._hand_over("control", listener.fileno())
+                self._hand_over("fuse", fuse_fd)
         self._start_zygote()
+        self._await_ready()
+
+    def _hand_over(self, item: wire.Handed, fd: int) -> None:
+        assert self._lifeline is not None
+        try:
+            wire.send(self._lifeline, wire.HandOver(item=item), [fd])
+        except wire.WireError as error:
+            raise MountFailed(f"the daemon is gone: {error}", hint="see the log") from None
+
+    def _raise_memlock_limit(self, daemon: Child) -> None:
+        """For the daemon's plaintexts, and for the processes started after this."""
+        wanted_bytes = self._config.cache.max_bytes + _MEMLOCK_MARGIN_BYTES
+        process.raise_memlock_limit(wanted_bytes)
+        process.raise_memlock_limit(wanted_bytes, pid=daemon.pid)
 
     def _start_zygote(self) -> None:
         """A new zygote, and its socket to the daemon."""
@@ -171,12 +174,12 @@ class Launcher:
             time.sleep(pause_s)
         self._zygote_started_at = time.monotonic()
         zygote_end, daemon_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with zygote_end, daemon_end, _memory_file(self._config.kms) as settings_fd:
-            self._zygote = _spawn(
+        with zygote_end, daemon_end, children.memory_file(self._config.kms) as settings_fd:
+            self._zygote = children.spawn(
                 "kmsfs.decryptor.zygote",
                 [zygote_end.fileno(), settings_fd],
                 [],
-                _zygote_environment(),
+                children.zygote_environment(),
                 quiet=self._log_target != "stderr",
             )
             if self._lifeline is not None:
@@ -241,7 +244,7 @@ class Launcher:
         self._stopping = True
         self._unmount()
         self._daemon.kill(signal.SIGTERM)
-        if not _readable(self._daemon.pidfd, _END_S):
+        if not children.readable(self._daemon.pidfd, _END_S):
             log.error("the daemon did not end on SIGTERM: killed")
             self._daemon.kill(signal.SIGKILL)
 
@@ -290,8 +293,8 @@ class Launcher:
         log.error("the daemon ended with status %s: mounting anew", status)
         self._unmount()
         try:
-            self._start_all()
-            self._await_ready()
+            self._start_daemon()
+            self._mount_and_serve()
         except KmsfsError as error:
             log.error("cannot mount anew: %s", error.detail)  # noqa: TRY400 - said in full
             self._end_all()
@@ -302,8 +305,10 @@ class Launcher:
 
     def _unmount(self) -> None:
         """Unmount our own mount; lazily where somebody uses it."""
+        if self._mount is None:
+            return
         current = mounts.find_mount(self._config.mountpoint)
-        if self._mount is None or current is None or current.mount_id != self._mount.mount_id:
+        if current is None or current.mount_id != self._mount.mount_id:
             return
         try:
             mounts.unmount(self._config.mountpoint)
@@ -339,134 +344,3 @@ class Launcher:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._control_path)
             self._control_path = None
-
-
-def launch(config: MountConfig, *, foreground: bool, ready: Callable[[], None]) -> int:
-    """Mount and serve.
-
-    In the background this returns, in the calling process, once the mount is ready; in the
-    foreground it returns when the mount is gone.
-
-    Args:
-        ready: called in the foreground when the mount is ready.
-
-    Returns: the exit status.
-    Raises:
-        KmsfsError: why it cannot be mounted.
-    """
-    if foreground:
-        launcher = Launcher(config, log_target="stderr")
-        launcher.start()
-        ready()
-        return launcher.run()
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read_end)
-        _be_background_launcher(config, write_end)
-    os.close(write_end)
-    with open(read_end, "rb") as pipe:
-        said = pipe.read()
-    if not said:
-        raise MountFailed("the launcher ended without a word", hint="use --foreground to see why")
-    message = msgspec.json.decode(said, type=wire.DaemonReady | wire.DaemonFailed)
-    if isinstance(message, wire.DaemonFailed):
-        os.waitpid(pid, 0)
-        raise from_code(message.code, message.detail, message.hint)
-    return 0
-
-
-def _be_background_launcher(config: MountConfig, pipe_fd: int) -> None:
-    status = 70
-    try:
-        # Mounted before setsid(): an automount waits for processes of its own session only.
-        launcher = Launcher(config, log_target="syslog")
-        try:
-            launcher.start()
-        except KmsfsError as error:
-            failed = wire.DaemonFailed(code=error.code, detail=error.detail, hint=error.hint)
-            os.write(pipe_fd, msgspec.json.encode(failed))
-            status = int(error.exit_code)
-            return
-        os.setsid()
-        os.chdir("/")
-        null_fd = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null_fd, fd)
-        os.write(pipe_fd, msgspec.json.encode(wire.DaemonReady()))
-        os.close(pipe_fd)
-        status = launcher.run()
-    finally:
-        os._exit(status)
-
-
-def _spawn(
-    module: str,
-    fds: list[int],
-    arguments: list[str],
-    environment: dict[str, str],
-    *,
-    quiet: bool,
-) -> _Child:
-    """Exec a module of ours with these descriptors, whose new numbers lead its arguments.
-
-    -s and -P: neither the user's site-packages nor the current directory may supply code.
-    """
-    null_fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    with _closing(null_fd):
-        # Above every source, so that no copy overwrites one that is still to be made.
-        first = max(*fds, null_fd, 2) + 1
-        targets = range(first, first + len(fds))
-        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in zip(fds, targets, strict=True)]
-        _keep_to_ourselves()
-        actions += [(os.POSIX_SPAWN_DUP2, null_fd, fd) for fd in ((0, 1, 2) if quiet else (0,))]
-        pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-s", "-P", "-m", module, *map(str, targets), *arguments],
-            environment,
-            file_actions=actions,
-            setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
-        )
-    return _Child(pid, os.pidfd_open(pid))
-
-
-def _keep_to_ourselves() -> None:
-    """Let no descriptor that we inherited from whoever started us reach what we exec."""
-    for name in os.listdir("/proc/self/fd"):
-        # One of them was the listing's own.
-        with contextlib.suppress(OSError):
-            if int(name) > 2:
-                os.set_inheritable(int(name), False)
-
-
-def _zygote_environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith("AWS_") or name in _ZYGOTE_VARIABLES
-    }
-    return {"PATH": _PLAIN_PATH, **kept, **process.SCRUBBING_ENVIRONMENT}
-
-
-@contextlib.contextmanager
-def _memory_file(record: msgspec.Struct) -> Iterator[int]:
-    """A descriptor from which a child reads a record as JSON."""
-    fd = os.memfd_create("kmsfs-config", os.MFD_CLOEXEC)
-    with _closing(fd):
-        os.write(fd, msgspec.json.encode(record))
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def _readable(fd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))

@@ -1,0 +1,91 @@
+"""The launcher: mounts, starts and replaces daemon and zygote, unmounts. Never any plaintext.
+
+Single-threaded, without an event loop: it waits for one of a handful of descriptors. It is the
+only process of a mount that execs, and gives what it execs a clean environment and exactly the
+descriptors meant for it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import NoReturn
+
+import msgspec
+
+from kmsfs.admin import eventlog
+from kmsfs.config import MountConfig
+from kmsfs.decryptor import wire
+from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
+from kmsfs.launcher.supervisor import Launcher
+
+__all__ = ["launch"]
+
+
+def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
+    """Mount and serve.
+
+    In the background this returns, in the calling process, once the mount is ready; in the
+    foreground it returns when the mount is gone. Must be called from a single-threaded process.
+
+    Args:
+        make_config: yields the configuration; called in the launcher.
+
+    Returns: the exit status.
+    Raises:
+        KmsfsError: why it cannot be mounted, also what `make_config` raised.
+    """
+    if foreground:
+        eventlog.set_up("stderr", name="kmsfs")
+        launcher = Launcher(make_config, log_target="stderr")
+        launcher.start()
+        return launcher.run()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_end)
+        _be_background_launcher(make_config, write_end)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        said = pipe.read()
+    if not said:
+        raise MountFailed("the launcher ended without a word", hint="use --foreground to see why")
+    message = msgspec.json.decode(said, type=wire.DaemonReady | wire.DaemonFailed)
+    if isinstance(message, wire.DaemonFailed):
+        os.waitpid(pid, 0)
+        raise from_code(message.code, message.detail, message.hint)
+    return ExitCode.DONE
+
+
+def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int) -> NoReturn:
+    status = int(ExitCode.BUG)
+    try:
+        eventlog.set_up("syslog", name="kmsfs")
+        # Mounted before setsid(): an automount waits for processes of its own session only.
+        launcher = Launcher(make_config, log_target="syslog")
+        try:
+            launcher.start()
+        except KmsfsError as error:
+            _say(
+                pipe_fd,
+                wire.DaemonFailed(code=error.code, detail=error.detail, hint=error.hint),
+            )
+        except Exception as error:  # noqa: BLE001 - the caller reports a bug like any failure
+            _say(pipe_fd, wire.DaemonFailed(code=type(error).__name__, detail="in the launcher"))
+        else:
+            os.setsid()
+            os.chdir("/")
+            null_fd = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null_fd, fd)
+            os.close(null_fd)
+            _say(pipe_fd, wire.DaemonReady())
+            os.close(pipe_fd)
+            status = launcher.run()
+    finally:
+        os._exit(status)
+
+
+def _say(pipe_fd: int, message: wire.DaemonReady | wire.DaemonFailed) -> None:
+    # Whoever called may have been interrupted; the mount itself is not affected.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(pipe_fd, msgspec.json.encode(message))
