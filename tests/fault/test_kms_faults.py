@@ -72,11 +72,13 @@ def keys(
     strict_kms: StrictKms,
     fault_proxy: FaultProxy,
     aws_files: AwsFiles,
-    monkeypatch: pytest.MonkeyPatch,
     attempts: object,
+    request: pytest.FixtureRequest,
 ) -> AwsKeyService:
-    """KMS behind the proxy, with short patience."""
-    monkeypatch.setattr(aws_session, "READ_TIMEOUT_S", 0.2)
+    """KMS behind the proxy; with little patience where a test's fault is a server that hangs."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and parameters.params.get("fault") is Fault.HANG:
+        aws_files.monkeypatch.setattr(aws_session, "READ_TIMEOUT_S", 0.5)
     aws_files.set_environment(strict_kms.env(AWS_ENDPOINT_URL_KMS=fault_proxy.endpoint_url))
     return AwsKeyService(KmsSettings(), deadline_s=5.0)
 
@@ -265,12 +267,13 @@ def test_call_ends_at_its_deadline(
     fault: Fault,
 ) -> None:
     monkeypatch.setattr(aws_session, "READ_TIMEOUT_S", 30.0)
-    fault_proxy.inject(fault, seconds=10.0 if fault is Fault.DELAY else 0.05)
+    decrypt()
+    fault_proxy.inject(fault, seconds=30.0 if fault is Fault.DELAY else 0.05)
     keys.set_deadline(0.4)
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         decrypt()
-    assert 0.35 < time.monotonic() - started < 2.0
+    assert 0.35 < time.monotonic() - started < 4.0
     fault_proxy.heal()
     keys.set_deadline(None)
     assert decrypt() == PLAINTEXT
@@ -288,7 +291,7 @@ def test_deadline_holds_over_attempts_and_the_waits_between_them(
     keys.set_deadline(0.6)
     with pytest.raises(DeadlineExceeded):
         decrypt()
-    assert took_s() < 2.0
+    assert took_s() < 4.0
 
 
 def test_deadline_holds_for_several_calls_together(
@@ -296,9 +299,7 @@ def test_deadline_holds_for_several_calls_together(
     decrypt: Callable[[], bytes],
     strict_kms: StrictKms,
     kms_key: KmsKey,
-    aws_files: AwsFiles,
 ) -> None:
-    aws_files.monkeypatch.setattr(aws_session, "READ_TIMEOUT_S", 2.0)
     kms_key.latency_s = 0.2
     keys.set_deadline(1.0)
 
@@ -341,15 +342,17 @@ def test_timer_and_handler_of_others_are_left_as_they_were(
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.parametrize("fault", [Fault.HANG])
 def test_outside_the_main_thread_no_attempt_begins_after_the_deadline(
     keys: AwsKeyService,
     decrypt: Callable[[], bytes],
     attempts: Callable[[int], None],
     fault_proxy: FaultProxy,
+    fault: Fault,
 ) -> None:
     attempts(20)
     decrypt()
-    fault_proxy.inject(Fault.HANG)
+    fault_proxy.inject(fault)
     keys.set_deadline(0.1)
     raised: list[BaseException] = []
 
@@ -378,7 +381,7 @@ def test_credential_process_that_hangs_is_given_up(
     keys = AwsKeyService(KmsSettings(profile="web", region="us-east-1"), deadline_s=0.3)
     with pytest.raises(DeadlineExceeded):
         keys.resolve_key_arn("alias/test")
-    assert took_s() < 2.0
+    assert took_s() < 4.0
     gc.collect()
     os.close(os.open(fifo, os.O_WRONLY))
 
@@ -394,7 +397,7 @@ def test_container_endpoint_that_hangs_is_given_up(
     keys = AwsKeyService(KmsSettings(), deadline_s=0.3)
     with pytest.raises(DeadlineExceeded):
         keys.resolve_key_arn("alias/test")
-    assert took_s() < 2.0
+    assert took_s() < 4.0
 
 
 def test_sts_that_hangs_is_given_up(
@@ -403,7 +406,8 @@ def test_sts_that_hangs_is_given_up(
     fault_proxy.inject(Fault.HANG)
     aws_files.set_environment(strict_kms.env(AWS_ENDPOINT_URL_STS=fault_proxy.endpoint_url))
     role = strict_kms.create_role("reader", strict_kms.admin)
-    keys = AwsKeyService(KmsSettings(role_arn=role), deadline_s=0.3)
+    aws_files.monkeypatch.setattr(aws_session, "READ_TIMEOUT_S", 30.0)
+    keys = AwsKeyService(KmsSettings(role_arn=role), deadline_s=2.0)
     with pytest.raises(DeadlineExceeded):
         keys.resolve_key_arn("alias/test")
     assert fault_proxy.requests == 1

@@ -1,0 +1,46 @@
+"""Processes that a test leaves behind are found, whatever they did to get away, and ended."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support import leftovers
+
+# Forks twice with a session of its own, so that nothing but adoption leads back here.
+_DAEMON = """
+import os, sys
+if os.fork():
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+os.execve(sys.executable, [sys.executable, "-c", "import signal; signal.pause()", "daemon"], {})
+"""
+
+
+def test_daemon_in_a_session_of_its_own_is_found_and_killed(tmp_path: Path) -> None:
+    before = leftovers.children()
+    subprocess.run([sys.executable, "-c", _DAEMON], check=True, timeout=10)
+    problems = leftovers.clean_up(before, tmp_path)
+    assert len(problems) == 1
+    assert problems[0].startswith("process ")
+    assert leftovers.children() == before
+
+
+def test_child_that_has_ended_is_reaped_and_not_reported(tmp_path: Path) -> None:
+    before = leftovers.children()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    assert leftovers.clean_up(before, tmp_path) == []
+
+
+def test_kept_process_is_left_alone(tmp_path: Path) -> None:
+    before = leftovers.children()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        leftovers.keep(process.pid)
+        assert leftovers.clean_up(before, tmp_path) == []
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
