@@ -224,7 +224,7 @@ class PlaintextCache:
             with trio.CancelScope(deadline=deadline):
                 await flight.done.wait()
             if flight.entry is not None:
-                if flight.entry.wiped:
+                if self.locked or flight.entry.wiped:
                     raise VolumeLocked("the volume was locked meanwhile")
                 return self._lease(flight.entry), False
             error = flight.error or self._unfinished()
