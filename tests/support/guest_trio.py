@@ -57,8 +57,9 @@ class GuestTrio:
 
     def close(self) -> None:
         """Cancel everything, and raise what any task raised."""
-        assert self._token is not None
-        self._token.run_sync_soon(self.nursery.cancel_scope.cancel)
+        if self._ended is None:
+            assert self._token is not None
+            self._token.run_sync_soon(self.nursery.cancel_scope.cancel)
         self._pump(lambda: self._ended is not None)
         assert self._ended is not None
         self._ended.unwrap()
