@@ -30,10 +30,9 @@ def test_daemon_in_a_session_of_its_own_is_found_and_killed(tmp_path: Path) -> N
 
 def test_child_that_has_ended_is_reaped_and_not_reported(tmp_path: Path) -> None:
     before = leftovers.children()
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    assert leftovers.clean_up(before, tmp_path) == []
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert leftovers.clean_up(before, tmp_path) == []
 
 
 def test_kept_process_is_left_alone(tmp_path: Path) -> None:
