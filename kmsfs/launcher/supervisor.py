@@ -54,7 +54,7 @@ class Launcher:
         self._zygote: Child | None = None
         self._lifeline: socket.socket | None = None
         self._mount: mounts.Mount | None = None
-        self._control_path: str | None = None
+        self._control: tuple[str, int] | None = None
         self._stopping = False
         self._detached = False
         self._restarts: list[float] = []
@@ -221,9 +221,9 @@ class Launcher:
         path = control.socket_path(self._mount.device, uid)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        self._control_path = path
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
+            self._control = path, os.stat(path).st_ino
             os.chmod(path, 0o600)
             listener.listen()
             yield listener
@@ -340,7 +340,10 @@ class Launcher:
         if self._lifeline is not None:
             self._lifeline.close()
             self._lifeline = None
-        if self._control_path is not None:
+        if self._control is not None:
+            path, inode = self._control
+            self._control = None
+            # Once unmounted, our device number may be another mount's, and the socket's path too.
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._control_path)
-            self._control_path = None
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
