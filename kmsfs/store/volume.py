@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar, TypeVarTuple
 
+import msgspec
 import trio
 
 from kmsfs.config import MountConfig, path_matches
@@ -21,6 +22,7 @@ from kmsfs.errors import (
 )
 from kmsfs.events import EventSink
 from kmsfs.formats.binding import Place
+from kmsfs.formats.detect import Format
 from kmsfs.memory.arena import Arena
 from kmsfs.store.cache import PlaintextCache
 from kmsfs.store.ciphertext import FileVersion
@@ -70,6 +72,8 @@ class Volume:
         self._config = config
         self._client = client
         self._io_threads = trio.CapacityLimiter(_IO_THREADS)
+        # Source path of a bare blob to the key that decrypted it, which is tried first next time.
+        self._keys_found: dict[str, str] = {}
         prefix = os.path.relpath(config.source, config.volume_root)
         self._prefix: Final = "" if prefix == "." else prefix + "/"
         self.source: Final = source
@@ -174,6 +178,8 @@ class Volume:
             )
         finally:
             os.close(fd)
+        if file.format is not Format.ESDK:
+            self._keys_found[file.source_path] = plaintext.key_arn
         self.source.remember_size(file.source_path, version, plaintext.slot.size_bytes)
         return plaintext
 
@@ -203,8 +209,13 @@ class Volume:
             raise
 
     def _rules_for(self, file: SourceFile) -> DecryptRules:
+        kms = self._config.kms
+        found = self._keys_found.get(file.source_path)
+        if found in kms.key_ids and found != kms.key_ids[0]:
+            others = (key_id for key_id in kms.key_ids if key_id != found)
+            kms = msgspec.structs.replace(kms, key_ids=(found, *others))
         return DecryptRules.of(
-            self._config.kms,
+            kms,
             Place(self._config.volume, self._prefix + file.path),
             binding_required=not self.may_be_unbound(file),
             unknown_as_blob=file.suffix_taken,

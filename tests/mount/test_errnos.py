@@ -67,6 +67,21 @@ def test_bare_blobs_try_the_allowed_keys_in_order_and_no_other(strict_site: Stri
     assert strerror_of_cat(volume.path / "third") == REJECTED
 
 
+def test_the_key_that_decrypted_a_bare_blob_is_tried_first_the_next_time(
+    strict_site: StrictSite,
+) -> None:
+    site = strict_site
+    second = site.kms.create_key()
+    site.write("file.encrypted", site.blob(site.secret("file", 40), key_arn=second.arn))
+    volume = site.mount("--key-id", second.arn)
+    assert strerror_of_cat(volume.path / "file") == ""
+    volume.kmsfs("lock", volume.path)
+    volume.kmsfs("unlock", volume.path)
+    site.kms.forget_calls()
+    assert strerror_of_cat(volume.path / "file") == ""
+    assert [call.key_id for call in site.kms.calls("Decrypt")] == [second.arn]
+
+
 def test_any_key_lets_kms_find_the_key_of_a_bare_blob(strict_site: StrictSite) -> None:
     site = strict_site
     other = site.kms.create_key()

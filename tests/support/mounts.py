@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from kmsfs.admin import control
 from kmsfs.views import mountpoint as mounts
 from tests.support.commands import Finished, run_kmsfs
 
@@ -57,9 +60,16 @@ class MountedVolume:
         return run_kmsfs(arguments, env=self.env, exit_code=exit_code)
 
     def status(self) -> dict[str, Any]:
-        """`kmsfs status --json` of this mount."""
-        found: dict[str, Any] = json.loads(self.kmsfs("status", self.path, "--json").output)
+        """What `kmsfs status --json` shows, asked without starting a process."""
+        assert self.mount is not None
+        answer = control.call(self.mount.device, os.geteuid(), control.StatusRequest())
+        assert isinstance(answer, control.StatusAnswer)
+        found: dict[str, Any] = json.loads(msgspec.json.encode(answer.status))
         return found
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers alive now, as the kernel has them."""
+        return [pid for pid in processes_of(self.path) if process_name(pid) == "kmsfs-worker"]
 
     @property
     def mount(self) -> mounts.Mount | None:
@@ -152,8 +162,11 @@ def processes_of(path: Path) -> list[int]:
 
 
 def process_name(pid: int) -> str:
-    """/proc/PID/comm."""
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+    """/proc/PID/comm; empty once the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def environment_of(pid: int) -> dict[str, str]:
