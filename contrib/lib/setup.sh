@@ -1,4 +1,5 @@
-# Sourced by contrib/demo and contrib/test. Installs what is missing, and only that.
+# shellcheck shell=bash
+# Sourced by contrib/demo, contrib/test and .ci/run. Installs what is missing, and only that.
 #
 # System packages come from apt, Python packages go into virtual environments in the checkout.
 # A second run finds everything in place and does nothing.
@@ -66,19 +67,34 @@ default_python() {
     fail "no Python of $KMSFS_PYTHONS found: Debian 12, Ubuntu 24.04 or later have one"
 }
 
-# need_environment DIRECTORY PYTHON EXTRA: a virtual environment with kmsfs and an extra in it.
-need_environment() {
-    local directory=$1 python=$2 extra=$3 stamp wanted
-    stamp="$directory/.kmsfs-installed"
-    wanted="$extra $(sha256sum pyproject.toml) $("$python" -V)"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$directory/bin/python" -c 'import pyfuse3'; then
-        return
+# environment_of VERSION: where its virtual environment is; the default's is .venv.
+environment_of() {
+    if [ "$(find_python "$1")" = "$(default_python)" ]; then
+        echo .venv
+    else
+        echo ".venv-$1"
     fi
-    say "installing Python packages into $directory"
+}
+
+# need_environment DIRECTORY PYTHON EXTRA...: a virtual environment with kmsfs and extras in it.
+need_environment() {
+    local directory=$1 python=$2 wanted extra missing=() log
+    shift 2
+    wanted="$PWD $("$python" -V) $(sha256sum pyproject.toml)"
+    for extra in "$@"; do
+        [ "$(cat "$directory/.with-$extra" 2>/dev/null)" = "$wanted" ] || missing+=("$extra")
+    done
+    [ "${#missing[@]}" = 0 ] && return
+    say "installing Python packages into $directory (a few minutes at most)"
     [ -x "$directory/bin/python" ] && [ "$("$directory/bin/python" -V)" = "$("$python" -V)" ] ||
         "$python" -m venv --clear "$directory"
-    "$directory/bin/python" -m pip install -q --disable-pip-version-check -e ".[$extra]"
-    printf '%s' "$wanted" >"$stamp"
+    log=$directory/install.log
+    "$directory/bin/python" -m pip install --disable-pip-version-check \
+        -e ".[$(IFS=,; echo "$*")]" >"$log" 2>&1 ||
+        { cat "$log" >&2; fail "pip could not install the packages"; }
+    for extra in "$@"; do
+        printf '%s\n' "$wanted" >"$directory/.with-$extra"
+    done
 }
 
 need_fuse() {
