@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kmsfs import libc
+from kmsfs.views import mountpoint as mounts
 from tests.support import leftovers
+from tests.support.requirements import require_mount
 
 # Forks twice with a session of its own, so that nothing but adoption leads back here.
 _DAEMON = """
@@ -43,3 +46,18 @@ def test_kept_process_is_left_alone(tmp_path: Path) -> None:
         assert process.poll() is None
         assert process.stdin is not None
         process.stdin.close()
+
+
+def test_mount_below_the_tests_directory_is_unmounted_and_named(tmp_path: Path) -> None:
+    require_mount()
+    place = tmp_path / "mnt"
+    place.mkdir()
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+        libc.mount("kmsfs", str(place), mounts.FS_TYPE, libc.MS_RDONLY, options)
+    finally:
+        # Nobody answers from now on, as after a killed daemon.
+        os.close(fd)
+    assert leftovers.clean_up(leftovers.children(), tmp_path) == [f"mount {place}"]
+    assert mounts.find_mount(str(place)) is None
