@@ -9,30 +9,17 @@ Run as `python -m kmsfs.decryptor.zygote SOCKET_FD SETTINGS_FD`.
 
 import contextlib
 import gc
-import logging
 import os
 import signal
 import socket
 import sys
-from typing import Final
 
 import msgspec
 
 from kmsfs.config import KmsSettings
 from kmsfs.decryptor import wire, worker
-from kmsfs.keys import aws
+from kmsfs.keys import aws, loggers
 from kmsfs.memory import process
-
-# Their DEBUG and ERROR records may hold response bodies.
-_CONTENT_LOGGERS: Final = ("aws_encryption_sdk", "boto3", "botocore", "urllib3")
-
-
-def silence_content_loggers() -> None:
-    """Let no record of the AWS libraries reach a handler; no option undoes this."""
-    for name in _CONTENT_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.propagate = False
-        logger.handlers = [logging.NullHandler()]
 
 
 class Zygote:
@@ -91,7 +78,7 @@ def main(argv: list[str]) -> None:
     """Be the zygote; returns when the daemon has closed its end."""
     socket_fd, settings_fd = (int(text) for text in argv)
     process.harden("kmsfs-zygote")
-    silence_content_loggers()
+    loggers.silence()
     with open(settings_fd, "rb") as file:
         settings = msgspec.json.decode(file.read(), type=KmsSettings)
     _reap_unwatched()

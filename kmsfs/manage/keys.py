@@ -1,6 +1,5 @@
 """Which keys a command asks, and how: the volume's configuration under the command's options."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -8,14 +7,12 @@ import msgspec
 
 from kmsfs.config import KmsSettings, KmsTable
 from kmsfs.errors import UsageInvalid
+from kmsfs.keys import loggers
 from kmsfs.keys.service import KeyService
 from kmsfs.manage.place import VolumeHere
 
 # A person waits for a command; a reader of a mount gets less.
 COMMAND_DEADLINE_S: Final = 30.0
-
-# At DEBUG their records hold response bodies with plaintext, and the SDK logs tracebacks.
-_CONTENT_LOGGERS: Final = ("aws_encryption_sdk", "boto3", "botocore", "urllib3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +61,8 @@ def key_service(settings: KmsSettings) -> KeyService:
     # boto3 is imported here: commands that fail earlier do not wait for it.
     from kmsfs.keys.aws import AwsKeyService
 
-    _silence_content_loggers()
+    loggers.silence()
     return AwsKeyService(settings)
-
-
-def _silence_content_loggers() -> None:
-    for name in _CONTENT_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.propagate = False
-        logger.handlers = [logging.NullHandler()]
 
 
 class KeyServices:
