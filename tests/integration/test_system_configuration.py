@@ -1,0 +1,61 @@
+"""/etc/kmsfs/NAME.toml as the administrator of a machine uses it, with real commands."""
+
+import sys
+from pathlib import Path
+
+from tests.support.canary import secret
+from tests.support.moto_kms import MotoKms
+from tests.support.private_machine import Session, run_session
+
+_DEFINE = """\
+mkdir -p /etc/kmsfs {source}/db mnt && cat >/etc/kmsfs/web.toml <<'TOML'
+[volume]
+source = "{source}"
+
+[kms]
+key_ids = ["{key}"]
+TOML
+"""
+
+
+def run(kms: MotoKms, directory: Path, *commands: str) -> Session:
+    programs = Path(sys.executable).parent
+    session = run_session(
+        commands,
+        directory=directory,
+        env=kms.env(PATH=f"{programs}:/usr/sbin:/usr/bin:/sbin:/bin"),
+        cwd=directory,
+        timeout_s=120,
+    )
+    assert [ran for ran in session.ran if ran.status != 0] == []
+    assert len(session.ran) == len(commands)
+    return session
+
+
+def test_volume_of_the_system_configuration_binds_and_serves(
+    mountable: None, moto_kms: MotoKms, moto_key: str, tmp_path: Path
+) -> None:
+    plaintext = secret("password", 40)
+    (tmp_path / "password").write_bytes(plaintext)
+    source = tmp_path / "source"
+
+    session = run(
+        moto_kms,
+        tmp_path,
+        _DEFINE.format(source=source, key=moto_key),
+        f"kmsfs encrypt password -o {source}/db",
+        f"kmsfs inspect {source}/db/password.encrypted",
+        f"kmsfs mount {source} mnt",
+        "cat mnt/db/password",
+        f"! kmsfs encrypt password -o {tmp_path}/elsewhere.encrypted",
+        f"cp {source}/db/password.encrypted {source}/moved.encrypted",
+        "! cat mnt/moved",
+        "kmsfs umount mnt",
+    )
+
+    shown = session.of("kmsfs inspect").stdout
+    assert b"kmsfs:path=db/password\n" in shown
+    assert b"kmsfs:volume=web\n" in shown
+    assert session.of("cat mnt/db").stdout == plaintext
+    assert "Bad message" in session.of("! cat").stderr
+    assert session.left_mounted == ()
