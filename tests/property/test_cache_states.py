@@ -186,9 +186,15 @@ class CacheMachine(RuleBasedStateMachine):
         path=st.sampled_from(PATHS),
         count=st.integers(1, 3),
         outcome=st.sampled_from(["", "decrypted", "decrypted"]),
+        change=st.sampled_from([0, 0, 1, -1]),
     )
-    def open(self, path: str, count: int, outcome: str) -> object:
-        """One or several programs open a file; its decryption, if any, may end at once."""
+    def open(self, path: str, count: int, outcome: str, change: int) -> object:
+        """One or several programs open a file; its decryption, if any, may end at once.
+
+        Args:
+            change: before that the ciphertext was replaced, or an older one came back.
+        """
+        self.versions[path] = max(1, self.versions[path] + change)
         new = []
         for _ in range(count):
             opening = Opening(path, self.versions[path], self.now + OPEN_DEADLINE_S)
@@ -273,20 +279,10 @@ class CacheMachine(RuleBasedStateMachine):
         """Time passes."""
         self.trio.advance(seconds)
 
-    @rule(path=st.sampled_from(PATHS))
-    def replace(self, path: str) -> None:
-        """The ciphertext is replaced."""
-        self.versions[path] += 1
-
-    @rule(path=st.sampled_from(PATHS))
-    def look_back(self, path: str) -> None:
-        """The older ciphertext comes back, as by a restore that keeps its times."""
-        self.versions[path] = max(1, self.versions[path] - 1)
-
     @precondition(lambda self: not self.cache.locked)
-    @rule()
-    def lock(self) -> None:
-        """The volume is locked."""
+    @rule(open_meanwhile=st.booleans(), stay=st.integers(0, 3))
+    def lock(self, open_meanwhile: bool, stay: int) -> None:
+        """The volume is locked, more often than not for a moment only."""
 
         async def end_workers() -> None:
             await trio.lowlevel.checkpoint()
@@ -297,6 +293,13 @@ class CacheMachine(RuleBasedStateMachine):
             opening.dead = True
             assert opening.ended, "an open waits over a lock"
         assert not self.under_way
+        assert self.held() == []
+        if open_meanwhile:
+            opening = Opening("a", 1, self.now + OPEN_DEADLINE_S)
+            self.trio.do(self._start_open, opening)
+            assert isinstance(opening.error, VolumeLocked)
+        if stay:
+            self.unlock()
 
     @rule(steps=st.none() | st.integers(0, 3))
     def lock_and_unlock_at_once(self, steps: int | None) -> None:

@@ -61,8 +61,7 @@ class GuestTrio:
             assert self._token is not None
             self._token.run_sync_soon(self.nursery.cancel_scope.cancel)
         self._pump(lambda: self._ended is not None)
-        assert self._ended is not None
-        self._ended.unwrap()
+        self._raise_what_ended_it()
 
     async def _main(self) -> None:
         async with trio.open_nursery() as self.nursery:
@@ -75,6 +74,10 @@ class GuestTrio:
     def _pump(self, done: Callable[[], bool]) -> None:
         while not done():
             if self._ended is not None:
-                self._ended.unwrap()
+                self._raise_what_ended_it()
                 raise AssertionError("trio has ended")
             self._callbacks.get(timeout=_STEP_S)()
+
+    def _raise_what_ended_it(self) -> None:
+        if isinstance(self._ended, outcome.Error):
+            raise self._ended.error
