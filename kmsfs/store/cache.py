@@ -280,8 +280,7 @@ class PlaintextCache:
             self._retire(refused, error.code)
 
     def _land(self, flight: _Flight, plaintext: Plaintext, duration_s: float) -> None:
-        if self.locked or flight.error is not None:
-            # Locked meanwhile, and perhaps unlocked again.
+        if self.locked:
             plaintext.slot.wipe()
             return
         now = trio.current_time()
