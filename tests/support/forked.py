@@ -3,6 +3,7 @@
 import os
 import resource
 import traceback
+import warnings
 from collections.abc import Callable
 
 NOBODY = 65534
@@ -10,7 +11,11 @@ NOBODY = 65534
 
 def start(call: Callable[[], bool]) -> int:
     """Fork a child that ends with status 0 if `call` is true; its pid. It never returns here."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads. Those that trio keeps for reuse are idle and hold nothing
+        # that a child needs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         status = 70
         try:
