@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 import msgspec
-import pyfuse3
 import trio
 
 from kmsfs.admin import control, control_server, eventlog, observe
@@ -81,9 +80,7 @@ class Daemon:
         self._volume = Volume(config, Source(config.source), arena, self._client, self._events)
         self._view = FuseView(self._volume, self._events, open_deadline_s=config.kms.deadline_s)
         self._events.sinks = [eventlog.LogSink(), self._view]
-        pyfuse3.init(self._view, f"/dev/fd/{fuse_fd}", {"default_permissions", "fsname=kmsfs"})
-        if not fuse_loop.install(fuse_fd):
-            log.warning("this pyfuse3 has no hook for a second look before reading requests")
+        fuse_loop.attach(self._view, fuse_fd)
 
     async def run(self) -> None:
         """Serve until the mount, the launcher or our welcome is gone; everything is wiped then."""
@@ -103,7 +100,7 @@ class Daemon:
         finally:
             self._volume.cache.wipe_all("end")
             self._view.wipe_reply_buffer()
-            pyfuse3.close(unmount=False)
+            fuse_loop.close()
 
     async def lock(self, by_uid: int) -> None:
         """Wipe everything, in the order that leaves no way for plaintext to come back."""
@@ -178,7 +175,7 @@ class Daemon:
             except GuaranteeNotMet as error:
                 log.warning("ending: %s", error.detail)
             await self._view.drop_all_pages()
-        pyfuse3.terminate()
+        fuse_loop.stop()
 
 
 @dataclass(slots=True)

@@ -5,11 +5,11 @@ with it, and the read then blocks, with the interpreter's lock held. So readabil
 again right before the read.
 """
 
+import logging
 import select
 from typing import Any, Final
 
 import pyfuse3
-import trio
 
 # Requests being served at once. A program that waits in open holds one, so the default of 99
 # would let a slow KMS freeze the whole mount.
@@ -20,11 +20,19 @@ MIN_TASKS: Final = 4
 _HOOK: Final = "_wait_fuse_readable"
 
 
-def install(fuse_fd: int) -> bool:
-    """Put the second look in front of every read; False where pyfuse3 has no such place."""
+log = logging.getLogger(__name__)
+
+
+def attach(operations: pyfuse3.Operations, fuse_fd: int) -> None:
+    """Make `operations` serve a mount that somebody else made; its /dev/fuse is ours from now on.
+
+    A second look is put in front of every read of it.
+    """
+    pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", {"default_permissions", "fsname=kmsfs"})
     stock: Any = getattr(pyfuse3, _HOOK, None)
     if stock is None:
-        return False
+        log.warning("this pyfuse3 has no hook for a second look before reading requests")
+        return
     poll = select.poll()
     poll.register(fuse_fd, select.POLLIN)
 
@@ -35,10 +43,18 @@ def install(fuse_fd: int) -> bool:
         return False
 
     setattr(pyfuse3, _HOOK, wait_fuse_readable)
-    return True
 
 
-async def serve(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve requests until the mount is gone or `pyfuse3.terminate` is called."""
-    task_status.started()
+async def serve() -> None:
+    """Serve requests until the mount is gone or `stop` is called."""
     await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+
+
+def stop() -> None:
+    """Have `serve` return; requests that come later are not answered."""
+    pyfuse3.terminate()
+
+
+def close() -> None:
+    """Close /dev/fuse; whoever still uses the mount gets ENOTCONN. It is not unmounted."""
+    pyfuse3.close(unmount=False)
