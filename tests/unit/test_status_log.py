@@ -1,0 +1,64 @@
+"""The log: one line an event, never content, and no name can forge a line."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from kmsfs.admin import eventlog
+from kmsfs.events import (
+    Decrypted,
+    DecryptFailed,
+    Event,
+    LockChanged,
+    Opened,
+    OpenRefused,
+    Wiped,
+    WorkerEnded,
+)
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What the log writes; the root logger is put back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    text = io.StringIO()
+    monkeypatch.setattr("sys.stderr", text)
+    eventlog.set_up("stderr", name="kmsfs")
+    yield text
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            Decrypted("a", 10, 0.0123, "arn:key", "kms-blob"),
+            "kmsfs: INFO: decrypted a: 10 bytes in 12 ms (kms-blob, arn:key)\n",
+        ),
+        (DecryptFailed("a", "KeyUnusable", "off", 1), "kmsfs: WARNING: a: KeyUnusable: off\n"),
+        (
+            OpenRefused("a", 5, 6, 7, "PolicyDenied"),
+            "kmsfs: INFO: a: open by uid 5, pid 7 refused: PolicyDenied\n",
+        ),
+        (LockChanged(locked=True, by_uid=0), "kmsfs: WARNING: locked by uid 0\n"),
+        (LockChanged(locked=False, by_uid=5), "kmsfs: WARNING: unlocked by uid 5\n"),
+        (WorkerEnded(3, "gone"), "kmsfs: WARNING: worker 3 ended: gone\n"),
+        (Opened("a", 0, 0, 1, from_cache=True), ""),
+        (Wiped("a", 1, "expired"), ""),
+    ],
+)
+def test_an_event_is_a_line_or_none(stderr: io.StringIO, event: Event, line: str) -> None:
+    eventlog.LogSink().emit(event)
+    assert stderr.getvalue() == line
+
+
+def test_a_files_name_cannot_forge_a_line(stderr: io.StringIO) -> None:
+    name = "a\nkmsfs: WARNING: unlocked by uid 0\x1b[2Jü\udcff"
+    eventlog.LogSink().emit(DecryptFailed(name, "KeyUnusable", "off", 1))
+    assert stderr.getvalue() == (
+        "kmsfs: WARNING: a\\nkmsfs: WARNING: unlocked by uid 0\\x1b[2Jü\\udcff: KeyUnusable: off\n"
+    )
