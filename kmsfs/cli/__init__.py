@@ -64,7 +64,8 @@ def run(arguments: Sequence[str]) -> int:
             cli.main(list(arguments), prog_name=PROGRAM, complete_var=_COMPLETION_VARIABLE)
         with cli.make_context(PROGRAM, list(arguments)) as context:
             status = cli.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except click.exceptions.NoArgsIsHelpError as nothing:

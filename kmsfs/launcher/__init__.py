@@ -34,6 +34,7 @@ def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
     Raises:
         KmsfsError: why it cannot be mounted, also what `make_config` raised.
     """
+    _open_standard_streams()
     if foreground:
         eventlog.set_up("stderr", name="kmsfs")
         launcher = Launcher(make_config, log_target="stderr")
@@ -54,6 +55,13 @@ def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
         os.waitpid(pid, 0)
         raise from_code(message.code, message.detail, message.hint)
     return ExitCode.DONE
+
+
+def _open_standard_streams() -> None:
+    """Started without them, a socket of ours could take one of their numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int) -> NoReturn:

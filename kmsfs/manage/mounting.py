@@ -103,6 +103,13 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
     if not os.path.isdir(source_path):
         raise InputUnreadable(f"{source} is not a directory")
     mountpoint_path = resolve(mountpoint)
+    for path in (source_path, mountpoint_path):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UsageInvalid(
+                f"the path {os.fsencode(path)!r} is not UTF-8", hint="rename it, or mount elsewhere"
+            ) from None
     _check_apart(source_path, mountpoint_path)
     volume = volume_above(Path(source_path))
     file = volume.file if volume is not None else VolumeFile()

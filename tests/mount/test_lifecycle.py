@@ -245,6 +245,28 @@ def test_background_mount_keeps_no_terminal_and_no_pipe_of_its_caller(site: Site
     assert os.getsid(launcher_pid) == launcher_pid
 
 
+def test_mounting_with_closed_standard_streams_serves(site: Site, tmp_path: Path) -> None:
+    site.make_volume()
+    content = site.secret("key", 100)
+    site.encrypt("key", content)
+    volume = MountedVolume(site.source, tmp_path / "closed", site.env)
+    volume.path.mkdir()
+    site.mounter.mounted.append(volume)
+    closed = ("bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash")
+    run_kmsfs(["mount", site.source, volume.path], env=site.env, prefix=closed)
+    assert (volume.path / "key").read_bytes() == content
+    assert len(volume.status()["cached"]) == 1
+
+
+def test_a_source_whose_path_is_not_utf_8_is_refused(site: Site, tmp_path: Path) -> None:
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(source)
+    mountpoint = tmp_path / "target"
+    mountpoint.mkdir()
+    done = run_kmsfs(["mount", source, mountpoint, "--any-key"], env=site.env, exit_code=2)
+    assert "is not UTF-8" in done.stderr
+
+
 def test_two_mounts_of_one_volume_are_apart(site: Site, tmp_path: Path) -> None:
     site.make_volume()
     content = site.secret("key", 100)
