@@ -68,6 +68,8 @@ class Daemon:
         self._listener = listener
         self._events = _Fanout()
         self._zygote_wanted = trio.Event()
+        # The first comes unasked. A second request for one that is on its way would replace it.
+        self._zygote_is_coming = True
         arena = Arena(config.cache.max_bytes)
         # With one key there are no others to leave room for.
         several_keys = len(config.kms.key_ids) > 1
@@ -135,7 +137,10 @@ class Daemon:
         while True:
             await self._zygote_wanted.wait()
             self._zygote_wanted = trio.Event()
-            if not self._client.workers.has_zygote and not self._volume.cache.locked:
+            if self._zygote_is_coming or self._client.workers.has_zygote:
+                continue
+            if not self._volume.cache.locked:
+                self._zygote_is_coming = True
                 # If the launcher is gone, `_listen_to_launcher` sees to it.
                 with contextlib.suppress(wire.WireError):
                     await channel.send(self._launcher, wire.ZygoteWanted())
@@ -148,6 +153,8 @@ class Daemon:
                 log.error("the launcher is gone: ending")  # noqa: TRY400 - no traceback to show
                 await self._end()
                 return
+            if isinstance(message, wire.NewZygote):
+                self._zygote_is_coming = False
             match message:
                 case wire.NewZygote() if self._volume.cache.locked:
                     log.info("a zygote came while locked: its credentials are not wanted")
