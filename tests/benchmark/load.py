@@ -53,10 +53,13 @@ def _throughput(kms: Kms, directory: Path) -> Result:
             site.write(
                 f"file-{number:03}.encrypted", site.blob(site.secret(f"file {number}", 1000))
             )
+        site.write("warm-up.encrypted", site.blob(site.secret("warm-up", 1000)))
         boto3, ours = [], []
         for _ in range(_ROUNDS):
             boto3.append(_boto3_time(kms, site))
             volume = site.mount()
+            # The processes of boto3 have their imports behind them too when the clock starts.
+            read_whole(volume.path / "warm-up")
             ours.append(_read_all([volume.path / f"file-{n:03}" for n in range(_FILES)])[0])
             site.mounter.mounted.pop().umount()
     detail = (
@@ -93,7 +96,7 @@ def _one_slow(kms: Kms, directory: Path) -> Result:
 
 
 def _boto3_time(kms: Kms, site: Site) -> float:
-    paths = sorted(site.source.glob("*.encrypted"))
+    paths = sorted(site.source.glob("file-*.encrypted"))
     region = kms.env["AWS_DEFAULT_REGION"]
     programs = [
         subprocess.Popen(
