@@ -55,12 +55,15 @@ def clean_up(before: set[int], directory: Path) -> list[str]:
         if Path(mount.mountpoint).is_relative_to(directory):
             problems.append(f"mount {mount.mountpoint}")
             mounts.unmount(mount.mountpoint, lazy=True)
-    left = children() - before
-    for pid in left:
-        # Without this one a process that is just ending would be reported.
-        if not _ends(pid, _END_S if problems else 0.2):
-            problems.append(f"process {pid} ({_name(pid)})")
-    # Children of what is killed become ours, and are found the next time round.
+    seen = set(before)
+    # Children of one that ends meanwhile become ours, and are found the next time round.
+    while left := children() - seen:
+        seen |= left
+        for pid in left:
+            # Without this one a process that is just ending would be reported.
+            if not _ends(pid, _END_S if problems else 0.2):
+                problems.append(f"process {pid} ({_name(pid)})")
+    # The same holds for what is killed.
     for _ in range(_ROUNDS):
         for pid in children() - before:
             with contextlib.suppress(ProcessLookupError):
