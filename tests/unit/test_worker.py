@@ -244,7 +244,11 @@ def test_workers_end_with_their_zygote(
         assert peer.ended()
 
 
-def test_processes_are_hardened_and_the_worker_holds_only_its_own_socket(peer: Peer) -> None:
+def test_processes_are_hardened_and_the_worker_holds_only_its_own_socket(
+    peer: Peer, blob: Path, rules: DecryptRules
+) -> None:
+    # Once it has answered, it has closed what it was forked with.
+    assert peer.failure(blob, rules, stale=True)[0] == "CiphertextChanging"
     assert peer.greeting.pid == peer.zygote.pid
     assert peer.greeting.credential_source == "environment"
     assert peer.greeting.report.undumpable
