@@ -1,8 +1,6 @@
-"""Configuration: what kmsfs.toml may say, and the frozen settings made of it.
+"""Configuration: kmsfs.toml as people write it, and who may have written it.
 
-Two shapes live here. `VolumeFile` is the file as people write it; an unknown key is an error.
-`MountConfig` is everything one mount needs, resolved to absolute paths and numeric ids; it
-travels to the daemon as JSON. Neither ever holds credentials.
+An unknown key is an error. What a mount makes of it is `settings.MountConfig`.
 """
 
 import math
@@ -11,11 +9,12 @@ import re
 import stat
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from kmsfs.errors import ConfigInvalid, ConfigUntrusted
+from kmsfs.settings import CacheSettings, View
 
 VOLUME_FILE_NAME: Final = "kmsfs.toml"
 SYSTEM_CONFIG_DIR: Final = Path("/etc/kmsfs")
@@ -41,7 +40,6 @@ _SYSTEM_ONLY: Final = (
     ("on_change", None),
 )
 
-View = Literal["fuse", "ramfs", "auto"]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -75,7 +73,7 @@ class KmsTable(_Table, frozen=True):
 class CacheTable(_Table, frozen=True):
     """`[cache]`. Sizes are numbers of bytes or texts such as `64MiB`."""
 
-    ttl_s: Seconds = 300.0
+    ttl_s: Seconds | None = None
     idle_s: Seconds = 60.0
     stale_s: Seconds = 0.0
     max_bytes: int | str = "64MiB"
@@ -106,68 +104,6 @@ class VolumeFile(_Table, frozen=True):
     cache: CacheTable = CacheTable()
     rule: tuple[RuleTable, ...] = ()
     on_change: tuple[OnChangeTable, ...] = ()
-
-
-class KmsSettings(_Table, frozen=True):
-    """How a volume's keys are asked for. Times are in seconds."""
-
-    key_ids: tuple[str, ...] = ()
-    any_key: bool = False
-    encryption_context: dict[str, str] = {}
-    profile: str | None = None
-    role_arn: str | None = None
-    region: str | None = None
-    endpoint_url: str | None = None
-    deadline_s: float = 8.0
-    allow_non_committing: bool = False
-
-
-class CacheSettings(_Table, frozen=True):
-    """How long and how much plaintext is held."""
-
-    ttl_s: float = 300.0
-    idle_s: float = 60.0
-    stale_s: float = 0.0
-    max_bytes: int = 64 << 20
-    max_file_bytes: int = 16 << 20
-
-
-class OwnershipRule(_Table, frozen=True):
-    """A `[[rule]]` with its names resolved; None leaves the mount's default."""
-
-    match: str
-    uid: int | None = None
-    gid: int | None = None
-    mode: int | None = None
-
-
-class Ownership(_Table, frozen=True):
-    """What a file or directory has where no rule says otherwise."""
-
-    uid: int
-    gid: int
-    mode: int = 0o400
-    dir_mode: int = 0o555
-
-
-class MountConfig(_Table, frozen=True):
-    """Everything one mount needs; resolved, complete, without secrets.
-
-    `volume_root` is the directory of the kmsfs.toml (or the source where there is none);
-    `kmsfs:path` is relative to it. `volume` is None for a directory without a kmsfs.toml.
-    """
-
-    source: str
-    mountpoint: str
-    volume_root: str
-    ownership: Ownership
-    volume: str | None = None
-    binding_required: bool = False
-    unbound: tuple[str, ...] = ()
-    kms: KmsSettings = KmsSettings()
-    cache: CacheSettings = CacheSettings()
-    rules: tuple[OwnershipRule, ...] = ()
-    allow_other: bool = False
 
 
 def parse_size(value: int | str, key: str) -> int:
@@ -205,7 +141,7 @@ def parse_mode(value: str, key: str) -> int:
 def cache_settings(table: CacheTable) -> CacheSettings:
     """`[cache]` with its sizes in bytes and its times checked."""
     for key in ("ttl_s", "idle_s", "stale_s"):
-        if not math.isfinite(getattr(table, key)):
+        if not math.isfinite(getattr(table, key) or 0):
             raise ConfigInvalid(f"cache.{key} must be a finite number of seconds")
     return CacheSettings(
         ttl_s=table.ttl_s,
@@ -214,18 +150,6 @@ def cache_settings(table: CacheTable) -> CacheSettings:
         max_bytes=parse_size(table.max_bytes, "cache.max_bytes"),
         max_file_bytes=parse_size(table.max_file_bytes, "cache.max_file_bytes"),
     )
-
-
-def path_matches(pattern: str, path: str) -> bool:
-    """Whether a served path, relative to its volume, is meant by a pattern of kmsfs.toml.
-
-    `*` and `?` stay within one directory, `**` spans any number of them; names that begin with
-    a dot are matched like others.
-    """
-    # Imported here because most mounts have no patterns and all of them start.
-    from wcmatch import glob
-
-    return bool(glob.globmatch(path, pattern, flags=glob.GLOBSTAR | glob.DOTGLOB | glob.FORCEUNIX))
 
 
 def check_trusted(path: Path, *, uid: int) -> None:

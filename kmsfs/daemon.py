@@ -20,13 +20,13 @@ import msgspec
 import trio
 
 from kmsfs.admin import control, control_server, eventlog, observe
-from kmsfs.config import MountConfig
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
 from kmsfs.errors import ExitCode, GuaranteeNotMet, KmsfsError
 from kmsfs.events import Event, EventSink, LockChanged
 from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
+from kmsfs.settings import MountConfig
 from kmsfs.store.source import Source
 from kmsfs.store.volume import Volume
 from kmsfs.views import fuse_loop

@@ -34,8 +34,15 @@ _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
 
+_SYS_OPEN_TREE: Final = 428
 _SYS_OPENAT2: Final = 437
+_SYS_MOUNT_SETATTR: Final = 442
 _SYS_MEMFD_SECRET: Final = 447
+
+_AT_FDCWD: Final = -100
+_AT_EMPTY_PATH: Final = 0x1000
+_OPEN_TREE_CLONE: Final = 1
+_MOUNT_ATTR_RDONLY: Final = 1
 
 _PROT_READ: Final = 1
 _PROT_WRITE: Final = 2
@@ -173,6 +180,55 @@ def mount(source: str, target: str, fs_type: str, flags: int, data: str) -> None
         os.fsencode(source), os.fsencode(target), fs_type.encode(), flags, os.fsencode(data)
     ):
         _raise_errno(target)
+
+
+def clone_mount(path: str) -> int:
+    """A private mount of the filesystem that is mounted at `path`, as an O_PATH descriptor of its
+    root (open_tree(2), Linux 5.2); it is nowhere in the tree, and gone with its last descriptor.
+
+    Raises:
+        OSError: EPERM without CAP_SYS_ADMIN.
+    """
+    fd: int = _libc.syscall(
+        _SYS_OPEN_TREE,
+        ctypes.c_int(_AT_FDCWD),
+        os.fsencode(path),
+        ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
+    )
+    if fd < 0:
+        _raise_errno(path)
+    return fd
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def set_mount_read_only(mount: int | str, *, read_only: bool) -> None:
+    """Make one mount read-only or writable; others of the same filesystem stay as they are
+    (mount_setattr(2), Linux 5.12).
+
+    Args:
+        mount: a descriptor of its root, or its path.
+    """
+    bits = _MOUNT_ATTR_RDONLY
+    attr = _MountAttr(bits if read_only else 0, 0 if read_only else bits, 0, 0)
+    fd, path = (mount, "") if isinstance(mount, int) else (_AT_FDCWD, mount)
+    failed = _libc.syscall(
+        _SYS_MOUNT_SETATTR,
+        ctypes.c_int(fd),
+        os.fsencode(path),
+        ctypes.c_uint(0 if path else _AT_EMPTY_PATH),
+        ctypes.byref(attr),
+        ctypes.c_size_t(ctypes.sizeof(attr)),
+    )
+    if failed:
+        _raise_errno(path or None)
 
 
 def umount2(target: str, flags: int) -> None:

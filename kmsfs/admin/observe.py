@@ -4,9 +4,9 @@ import os
 from typing import Final
 
 from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem
-from kmsfs.config import MountConfig
 from kmsfs.decryptor.client import DecryptorClient
 from kmsfs.memory.process import ProcessReport, report
+from kmsfs.settings import MountConfig
 from kmsfs.store.source import SourceFile
 from kmsfs.store.volume import Volume
 

@@ -19,7 +19,7 @@ from kmsfs.cli.options import (
 from kmsfs.errors import ControlUnavailable, MountpointUnusable
 
 if TYPE_CHECKING:
-    from kmsfs.config import MountConfig
+    from kmsfs.settings import MountConfig
 
 # Unmounting includes wiping; a daemon that takes longer is reported, not waited for.
 _END_S = 20.0

@@ -2,8 +2,8 @@
 
 import msgspec
 
-from kmsfs.config import KmsSettings
 from kmsfs.formats.binding import Place
+from kmsfs.settings import KmsSettings
 
 
 class DecryptRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

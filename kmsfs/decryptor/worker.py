@@ -10,7 +10,6 @@ import stat
 import time
 from typing import Final, NoReturn
 
-from kmsfs.config import KmsSettings
 from kmsfs.decryptor import wire
 from kmsfs.decryptor.decrypt import decrypt_ciphertext
 from kmsfs.errors import (
@@ -23,6 +22,7 @@ from kmsfs.errors import (
 from kmsfs.keys.aws import AwsKeyService
 from kmsfs.memory import process
 from kmsfs.memory.mapping import LockedMapping, create_secret_memory
+from kmsfs.settings import KmsSettings
 
 # An Encryption SDK message is longer than its plaintext by its header (at most 64 KiB of
 # encryption context and some wrapped keys), 32 bytes a frame and a footer. Frames of 64 bytes

@@ -16,10 +16,10 @@ import sys
 
 import msgspec
 
-from kmsfs.config import KmsSettings
 from kmsfs.decryptor import wire, worker
 from kmsfs.keys import aws, loggers
 from kmsfs.memory import process
+from kmsfs.settings import KmsSettings
 
 
 class Zygote:

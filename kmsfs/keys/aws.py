@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import botocore.exceptions
 
-from kmsfs.config import KmsSettings
 from kmsfs.errors import (
     CiphertextInvalid,
     CredentialsUnavailable,
@@ -26,6 +25,7 @@ from kmsfs.errors import (
 from kmsfs.keys import aws_errors, deadline
 from kmsfs.keys.aws_session import AwsSession, credential_source, region_of, warm_up
 from kmsfs.keys.service import DataKey, Decryption, Encryption
+from kmsfs.settings import KmsSettings
 
 __all__ = ["AwsKeyService", "credential_source", "warm_up"]
 

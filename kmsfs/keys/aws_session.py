@@ -26,9 +26,9 @@ from botocore.credentials import (
 from botocore.loaders import Loader
 from botocore.session import Session
 
-from kmsfs.config import KmsSettings
 from kmsfs.errors import ConfigInvalid, CredentialsUnavailable
 from kmsfs.keys import deadline
+from kmsfs.settings import KmsSettings
 
 # Botocore's defaults wait 60 s for each connection and each read, five times over.
 CONNECT_TIMEOUT_S: Final = 1.0

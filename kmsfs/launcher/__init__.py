@@ -13,10 +13,10 @@ from typing import NoReturn
 import msgspec
 
 from kmsfs.admin import eventlog
-from kmsfs.config import MountConfig
 from kmsfs.decryptor import wire
 from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
 from kmsfs.launcher.supervisor import Launcher
+from kmsfs.settings import MountConfig
 
 __all__ = ["launch"]
 

@@ -13,12 +13,12 @@ from typing import Final
 
 from kmsfs import libc
 from kmsfs.admin import control
-from kmsfs.config import MountConfig
 from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError, MountFailed, from_code
 from kmsfs.launcher import children
 from kmsfs.launcher.children import Child
 from kmsfs.memory import process
+from kmsfs.settings import MountConfig
 from kmsfs.views import mountpoint as mounts
 
 log = logging.getLogger(__name__)

@@ -5,11 +5,12 @@ from typing import Final
 
 import msgspec
 
-from kmsfs.config import KmsSettings, KmsTable
+from kmsfs.config import KmsTable
 from kmsfs.errors import UsageInvalid
 from kmsfs.keys import loggers
 from kmsfs.keys.service import KeyService
 from kmsfs.manage.place import VolumeHere
+from kmsfs.settings import KmsSettings
 
 # A person waits for a command; a reader of a mount gets less.
 COMMAND_DEADLINE_S: Final = 30.0

@@ -9,19 +9,11 @@ from typing import Any, Final
 
 import msgspec
 
-from kmsfs.config import (
-    CacheSettings,
-    MountConfig,
-    Ownership,
-    OwnershipRule,
-    RuleTable,
-    VolumeFile,
-    cache_settings,
-    parse_mode,
-)
+from kmsfs.config import RuleTable, VolumeFile, cache_settings, parse_mode
 from kmsfs.errors import ConfigInvalid, InputUnreadable, MountpointUnusable, UsageInvalid
 from kmsfs.manage.keys import KeyOptions, settings_for
 from kmsfs.manage.place import volume_above
+from kmsfs.settings import CacheSettings, MountConfig, Ownership, OwnershipRule
 from kmsfs.views.mountpoint import resolve
 
 # What mount(8), fstab and systemd pass along and what is so in any case.

@@ -9,12 +9,12 @@ from kmsfs.config import (
     VOLUME_FILE_NAME,
     VolumeFile,
     load_volume_file,
-    path_matches,
     system_volumes,
 )
 from kmsfs.errors import ConfigInvalid, UsageInvalid
 from kmsfs.formats.binding import Place
 from kmsfs.formats.detect import served_name
+from kmsfs.settings import path_matches
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from typing import Final
 
 import trio
 
-from kmsfs.config import CacheSettings
 from kmsfs.decryptor.client import Plaintext
 from kmsfs.errors import (
     CiphertextInvalid,
@@ -26,6 +25,7 @@ from kmsfs.errors import (
 )
 from kmsfs.events import Decrypted, DecryptFailed, EventSink, Wiped
 from kmsfs.memory.arena import Arena
+from kmsfs.settings import CacheSettings
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.lease import Entry, Lease
 from kmsfs.store.source import SourceFile
@@ -76,9 +76,10 @@ class CachedFile:
 class PlaintextCache:
     """Holds plaintexts for as long as the settings allow, and not longer.
 
-    A plaintext serves new opens for `ttl_s` after its decryption. Without leases it is wiped
-    then, or `idle_s` after its last close, whichever comes first; with `stale_s` it is kept that
-    much longer for the case that KMS cannot be reached. A lease keeps it until it is closed.
+    A plaintext serves new opens for `ttl_s` after its decryption (0: for ever). Without leases
+    it is wiped then, or `idle_s` after its last close, whichever comes first; with `stale_s` it
+    is kept that much longer for the case that KMS cannot be reached. A lease keeps it until it
+    is closed.
 
     Args:
         decrypt: decrypts a file by a deadline (trio's clock); raises KmsfsError.
@@ -133,7 +134,7 @@ class PlaintextCache:
         if self.locked:
             raise VolumeLocked("the volume is locked")
         entry = self._current_entry(file)
-        if entry is not None and trio.current_time() < entry.ready_at + self._settings.ttl_s:
+        if entry is not None and trio.current_time() < entry.ready_at + self._settings.lifetime_s:
             return self._lease(entry), True
         if file.problem:
             error = CiphertextInvalid(file.problem)
@@ -248,7 +249,7 @@ class PlaintextCache:
         if entry is None or entry.wiped or not entry.current:
             return False
         kms_is_away = isinstance(error, KmsUnreachable | CredentialsUnavailable)
-        ends_at = entry.ready_at + self._settings.ttl_s + self._settings.stale_s
+        ends_at = entry.ready_at + self._settings.lifetime_s + self._settings.stale_s
         return kms_is_away and trio.current_time() < ends_at
 
     async def _fly(self, flight: _Flight, deadline: float) -> None:
@@ -335,7 +336,7 @@ class PlaintextCache:
         if entry.leases:
             return math.inf
         return min(
-            entry.ready_at + self._settings.ttl_s + self._settings.stale_s,
+            entry.ready_at + self._settings.lifetime_s + self._settings.stale_s,
             entry.idle_from + self._settings.idle_s,
         )
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kmsfs.config import Ownership, OwnershipRule, path_matches
+from kmsfs.settings import Ownership, OwnershipRule, path_matches
 
 
 @dataclass(frozen=True, slots=True)

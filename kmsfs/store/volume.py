@@ -9,7 +9,6 @@ from typing import Final, TypeVar, TypeVarTuple
 import msgspec
 import trio
 
-from kmsfs.config import MountConfig, path_matches
 from kmsfs.decryptor.client import DecryptorClient, Plaintext
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import (
@@ -24,6 +23,7 @@ from kmsfs.events import EventSink
 from kmsfs.formats.binding import Place
 from kmsfs.formats.detect import Format
 from kmsfs.memory.arena import Arena
+from kmsfs.settings import MountConfig, path_matches
 from kmsfs.store.cache import PlaintextCache
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.lease import Lease

@@ -73,7 +73,7 @@ def test_ciphertext_found_is_listed_by_exact_served_path(
     done = kmsfs.good("init", directory, "--key-id", key, "--unbound", "legacy/*")
     listed = load_volume_file(directory / "kmsfs.toml", uid=0).volume.unbound
     assert listed[0] == "legacy/*"
-    from kmsfs.config import path_matches
+    from kmsfs.settings import path_matches
 
     paths = ["moto", "no-suffix", "sub/a[1].pem", "text"]
     assert len(listed) == 1 + len(paths)

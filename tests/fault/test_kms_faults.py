@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from kmsfs.config import KmsSettings
 from kmsfs.errors import (
     DeadlineExceeded,
     KmsAnswerInvalid,
@@ -24,6 +23,7 @@ from kmsfs.errors import (
 )
 from kmsfs.keys import aws_session
 from kmsfs.keys.aws import AwsKeyService
+from kmsfs.settings import KmsSettings
 from tests.support.aws_files import AwsFiles
 from tests.support.canary import carries, secret
 from tests.support.fault_proxy import Fault, FaultProxy

@@ -15,7 +15,6 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kmsfs.config import CacheSettings
 from kmsfs.decryptor.client import Plaintext
 from kmsfs.errors import (
     CiphertextInvalid,
@@ -31,6 +30,7 @@ from kmsfs.formats.detect import Format
 from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.mapping import LockedMapping, round_to_pages
+from kmsfs.settings import CacheSettings
 from kmsfs.store.cache import CachedFile, PlaintextCache
 from kmsfs.store.lease import Lease
 from kmsfs.store.source import SourceFile

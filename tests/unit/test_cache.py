@@ -7,7 +7,6 @@ import pytest
 import trio
 import trio.testing
 
-from kmsfs.config import CacheSettings
 from kmsfs.decryptor.client import Plaintext
 from kmsfs.errors import (
     CiphertextInvalid,
@@ -27,6 +26,7 @@ from kmsfs.formats.detect import Format
 from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.mapping import LockedMapping
+from kmsfs.settings import CacheSettings
 from kmsfs.store import cache as cache_module
 from kmsfs.store.cache import PlaintextCache
 from kmsfs.store.lease import Lease
@@ -193,11 +193,12 @@ async def test_a_newer_version_is_decrypted_beside_the_one_that_is_open(
 
 
 @pytest.mark.trio
-async def test_without_a_ttl_every_open_decrypts(site: Open, mock_clock: Clock) -> None:
-    async with site(ttl_s=0) as s:
+async def test_a_ttl_of_zero_never_ends(site: Open, mock_clock: Clock) -> None:
+    async with site(ttl_s=0, idle_s=1e9) as s:
         assert not await s.open_and_close()
-        assert not await s.open_and_close()
-        assert len(s.calls) == 2
+        mock_clock.jump(1e8)
+        assert await s.open_and_close()
+        assert len(s.calls) == 1
 
 
 @pytest.mark.trio

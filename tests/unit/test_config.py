@@ -12,9 +12,9 @@ from kmsfs.config import (
     load_volume_file,
     parse_mode,
     parse_size,
-    path_matches,
 )
 from kmsfs.errors import ConfigInvalid, ConfigUntrusted
+from kmsfs.settings import path_matches
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-from kmsfs.config import KmsSettings
 from kmsfs.errors import (
     CiphertextInvalid,
     ConfigInvalid,
@@ -25,6 +24,7 @@ from kmsfs.errors import (
 )
 from kmsfs.keys import aws_session
 from kmsfs.keys.aws import AwsKeyService
+from kmsfs.settings import KmsSettings
 from tests.support.aws_files import AwsFiles
 from tests.support.canary import carries, secret
 from tests.support.strict_keys import MAGICS, KmsKey

@@ -8,10 +8,10 @@ import sys
 import botocore.utils
 import pytest
 
-from kmsfs.config import KmsSettings
 from kmsfs.errors import ConfigInvalid, CredentialsUnavailable, KmsThrottled
 from kmsfs.keys import aws, aws_session
 from kmsfs.keys.aws import AwsKeyService
+from kmsfs.settings import KmsSettings
 from tests.support.aws_files import AwsFiles
 from tests.support.canary import MARK, carries
 from tests.support.fault_proxy import Fault, FaultProxy
@@ -334,7 +334,7 @@ def watch(event, arguments):
         seen.append(event)
 
 HOME = os.environ["HOME"]
-from kmsfs.config import KmsSettings
+from kmsfs.settings import (KmsSettings)
 from kmsfs.keys import aws
 
 settings = KmsSettings(role_arn=os.environ.get("ROLE"))

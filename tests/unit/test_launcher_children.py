@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kmsfs.config import KmsSettings
 from kmsfs.launcher import children
 from kmsfs.memory.process import SCRUBBING_ENVIRONMENT
+from kmsfs.settings import KmsSettings
 
 # Writes what it finds to the file named by its last argument.
 _REPORTER = """

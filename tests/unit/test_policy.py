@@ -2,7 +2,7 @@
 
 import pytest
 
-from kmsfs.config import Ownership, OwnershipRule
+from kmsfs.settings import Ownership, OwnershipRule
 from kmsfs.store.policy import Permissions, Policy
 
 DEFAULTS = Ownership(uid=1, gid=2, mode=0o400, dir_mode=0o555)

@@ -10,7 +10,6 @@ import pytest
 import trio
 import trio.testing
 
-from kmsfs.config import CacheSettings, KmsSettings, MountConfig, Ownership
 from kmsfs.decryptor.client import DecryptorClient
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import (
@@ -23,6 +22,7 @@ from kmsfs.errors import (
 )
 from kmsfs.formats.binding import Place
 from kmsfs.memory.arena import Arena
+from kmsfs.settings import CacheSettings, KmsSettings, MountConfig, Ownership
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.source import Source, SourceFile
 from kmsfs.store.volume import Volume

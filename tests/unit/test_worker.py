@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kmsfs.config import KmsSettings
 from kmsfs.decryptor import wire
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.decryptor.worker import Outbox, read_ciphertext, version_of
@@ -22,6 +21,7 @@ from kmsfs.formats.binding import PATH_KEY, Place
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.mapping import LockedMapping, check_received
 from kmsfs.memory.process import SCRUBBING_ENVIRONMENT
+from kmsfs.settings import KmsSettings
 from tests.support import canary
 from tests.support.esdk_writer import EsdkWriter, WrittenKey
 from tests.support.fault_proxy import Fault, FaultProxy
