@@ -1,13 +1,15 @@
-"""The daemon: composition root of one FUSE mount.
+"""The daemon: composition root of one mount.
 
-Serves readers from /dev/fuse and holds plaintext in locked memory only. No boto3, no AWS
-credentials, no network, no exec. Its descriptors come from the launcher; it ends when the mount
-is gone, on SIGTERM, or when the launcher is gone, and has wiped everything then.
+Serves readers from /dev/fuse, or fills a ramfs, and holds plaintext in locked memory only. No
+boto3, no AWS credentials, no network, no exec. Its descriptors come from the launcher; it ends
+when the mount is gone, on SIGTERM, or when the launcher is gone. It has wiped everything then,
+except what lies in a ramfs whose launcher was killed: programs still need that.
 
 Run as `python -m kmsfs.daemon LAUNCHER_FD LOG_TARGET`; all else comes over that descriptor.
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -20,6 +22,7 @@ import msgspec
 import trio
 
 from kmsfs.admin import control, control_server, eventlog, observe
+from kmsfs.admin.status import HeldPlaintext, NamedProblem, RamStatus
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
 from kmsfs.errors import ExitCode, GuaranteeNotMet, KmsfsError
@@ -29,11 +32,18 @@ from kmsfs.memory.arena import Arena
 from kmsfs.settings import MountConfig
 from kmsfs.store.source import Source
 from kmsfs.store.volume import Volume
-from kmsfs.views import fuse_loop
-from kmsfs.views.fuse import FuseView
+from kmsfs.views import ram_tree
+from kmsfs.views.ram import RamView
+from kmsfs.views.serving import HeldFile, View
+
+# Of an error's text; it may quote a header of up to 64 KiB.
+_MAX_DETAIL: Final = 1000
 
 # Everything is wiped before this bounds what is left: telling the kernel to drop its pages.
 _END_S: Final = 5.0
+
+# Of the time that an answer on the control socket may take, the part for filling a ramfs.
+_REFILL_S: Final = 0.8 * control.ANSWER_S
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +71,10 @@ class Daemon:
     """
 
     def __init__(
-        self, config: MountConfig, launcher: socket.socket, listener: socket.socket, fuse_fd: int
+        self, config: MountConfig, launcher: socket.socket, listener: socket.socket, mount_fd: int
     ) -> None:
         self._config = config
+        self._launcher_raw = launcher
         self._launcher = trio.socket.from_stdlib_socket(launcher)
         self._listener = listener
         self._events = _Fanout()
@@ -79,56 +90,135 @@ class Daemon:
             request_zygote=self._want_zygote,
             calls_per_key=MAX_CALLS_PER_KEY if several_keys else MAX_CALLS,
         )
-        self._volume = Volume(config, Source(config.source), arena, self._client, self._events)
-        self._view = FuseView(self._volume, self._events, open_deadline_s=config.kms.deadline_s)
-        self._events.sinks = [eventlog.LogSink(), self._view]
-        fuse_loop.attach(self._view, fuse_fd)
+        self._volume = Volume(
+            _held_briefly(config) if config.view == "ramfs" else config,
+            Source(config.source),
+            arena,
+            self._client,
+            self._events,
+        )
+        self._events.sinks = [eventlog.LogSink()]
+        self._view: View = self._make_view(mount_fd)
+
+    def _make_view(self, mount_fd: int) -> View:
+        if self._config.view == "ramfs":
+            return RamView(self._config, self._volume, self._events, mount_fd)
+        # Imported where it is used: a machine without FUSE need not have its library.
+        from kmsfs.views.fuse import FuseView
+
+        view = FuseView(
+            self._volume,
+            self._events,
+            mount_fd,
+            open_deadline_s=self._config.kms.deadline_s,
+            decrypt_all=self._config.require_all,
+        )
+        self._events.sinks.append(view)
+        return view
 
     async def run(self) -> None:
-        """Serve until the mount, the launcher or our welcome is gone; everything is wiped then."""
+        """Serve until the mount, the launcher or our welcome is gone.
+
+        Raises:
+            KmsfsError: it cannot be served.
+        """
         allowed = frozenset({0, os.getuid()})
+        failure: KmsfsError | None = None
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._client.workers.run)
                 await nursery.start(self._volume.cache.run)
-                nursery.start_soon(self._view.drop_pages_of_wiped_files)
                 nursery.start_soon(control_server.serve, self._listener, allowed, self._respond)
                 nursery.start_soon(self._ask_for_zygotes)
                 nursery.start_soon(self._listen_to_launcher)
                 nursery.start_soon(self._end_on_signal)
-                await channel.send(self._launcher, wire.DaemonReady())
-                await fuse_loop.serve()
+                try:
+                    await self._view.serve(self._say_ready, self._say_progress)
+                except KmsfsError as error:
+                    failure = error
                 nursery.cancel_scope.cancel()
         finally:
             self._volume.cache.wipe_all("end")
-            self._view.wipe_reply_buffer()
-            fuse_loop.close()
+            self._view.close()
+        if failure is not None:
+            raise failure
 
-    async def lock(self, by_uid: int) -> None:
+    async def lock(self, by_uid: int) -> control.Locked:
         """Wipe everything, in the order that leaves no way for plaintext to come back."""
+        wiped = len(self._volume.cache.held())
+        wiped += len(self._view.shown) if isinstance(self._view, RamView) else 0
+        held: tuple[HeldFile, ...] = ()
         try:
             await self._volume.lock()
         finally:
-            await self._view.drop_all_pages()
+            held = await self._view.after_lock()
             self._client.workers.drop_zygote()
             self._events.emit(LockChanged(locked=True, by_uid=by_uid))
+        return control.Locked(wiped=wiped, held=_held_records(held))
 
-    def unlock(self, by_uid: int) -> None:
+    async def unlock(self, by_uid: int) -> control.Unlocked:
         """Serve again; a zygote is asked for at once, so that the first open finds it."""
         self._volume.unlock()
         self._want_zygote()
         self._events.emit(LockChanged(locked=False, by_uid=by_uid))
+        with trio.move_on_after(_REFILL_S):
+            return control.Unlocked(missing=_problems(await self._view.after_unlock()))
+        return control.Unlocked(filled=False)
 
     async def _respond(self, request: control.Request, uid: int) -> control.Answer:
         match request:
             case control.StatusRequest():
-                status = await observe.gather(self._config, self._volume, self._client)
+                status = await observe.gather(
+                    self._config, self._volume, self._client, self._ram_status()
+                )
                 return control.StatusAnswer(status=status)
             case control.LockRequest():
-                await self.lock(uid)
+                return await self.lock(uid)
             case control.UnlockRequest():
-                self.unlock(uid)
-        return control.Done()
+                return await self.unlock(uid)
+
+    def _ram_status(self) -> RamStatus | None:
+        view = self._view
+        if not isinstance(view, RamView):
+            return None
+        return RamStatus(
+            kind=self._config.ram.kind,
+            swappable=view.is_swappable,
+            files=len(view.shown),
+            size_bytes=view.size_bytes,
+            limit_bytes=self._config.cache.max_bytes,
+            stale=_problems(view.stale),
+            held=_held_records(view.held),
+            problem=view.problem,
+        )
+
+    # --- launcher and zygote -------------------------------------------------------------------
+
+    async def _say_ready(self, missing: dict[str, KmsfsError]) -> None:
+        for path, error in missing.items():
+            hint = error.hint if error.hint != type(error).hint else None
+            await self._say(
+                wire.FileMissing(
+                    path=path, code=error.code, detail=error.detail[:_MAX_DETAIL], hint=hint
+                )
+            )
+        if missing and self._config.require_all:
+            count = "1 file" if len(missing) == 1 else f"{len(missing)} files"
+            raise GuaranteeNotMet(
+                f"{count} could not be decrypted, and all are required", hint="see above"
+            )
+        await self._say(wire.DaemonReady())
+
+    def _say_progress(self, done: int, total: int) -> None:
+        # Also tells the launcher that we live. One that does not listen just now has missed it.
+        with contextlib.suppress(OSError, wire.WireError):
+            frame = wire.encode(wire.Filling(done=done, total=total))
+            self._launcher_raw.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    async def _say(self, message: wire.Message) -> None:
+        # If the launcher is gone, `_listen_to_launcher` sees to it.
+        with contextlib.suppress(wire.WireError):
+            await channel.send(self._launcher, message)
 
     def _want_zygote(self) -> None:
         self._zygote_wanted.set()
@@ -141,17 +231,14 @@ class Daemon:
                 continue
             if not self._volume.cache.locked:
                 self._zygote_is_coming = True
-                # If the launcher is gone, `_listen_to_launcher` sees to it.
-                with contextlib.suppress(wire.WireError):
-                    await channel.send(self._launcher, wire.ZygoteWanted())
+                await self._say(wire.ZygoteWanted())
 
     async def _listen_to_launcher(self) -> None:
         while True:
             try:
                 message, fd = await channel.receive(self._launcher)
             except wire.WireError:
-                log.error("the launcher is gone: ending")  # noqa: TRY400 - no traceback to show
-                await self._end()
+                await self._end_without_launcher()
                 return
             if isinstance(message, wire.NewZygote):
                 self._zygote_is_coming = False
@@ -162,8 +249,8 @@ class Daemon:
                     self._client.workers.attach_zygote(socket.socket(fileno=fd))
                     fd = None
                 case wire.Detached():
-                    log.info("unmounted lazily: plaintexts nobody has open are wiped")
-                    self._volume.cache.detach()
+                    log.info("unmounted: plaintexts nobody has open are wiped")
+                    await self._view.detach()
                 case _:
                     log.warning("unexpected %s from the launcher", type(message).__name__)
             if fd is not None:
@@ -177,12 +264,44 @@ class Daemon:
 
     async def _end(self) -> None:
         with trio.move_on_after(_END_S):
-            try:
-                await self._volume.lock()
-            except GuaranteeNotMet as error:
-                log.warning("ending: %s", error.detail)
-            await self._view.drop_all_pages()
-        fuse_loop.stop()
+            await self._lock_at_the_end()
+            held = await self._view.after_lock()
+            if held:
+                log.warning("ending: programs still hold %d files that were taken away", len(held))
+        self._view.stop()
+
+    async def _end_without_launcher(self) -> None:
+        if self._config.view != "ramfs":
+            log.error("the launcher is gone: ending")
+            await self._end()
+            return
+        log.error("the launcher is gone: ending; the files stay in the ramfs as they are")
+        with trio.move_on_after(_END_S):
+            await self._lock_at_the_end()
+        self._view.stop()
+
+    async def _lock_at_the_end(self) -> None:
+        try:
+            await self._volume.lock()
+        except GuaranteeNotMet as error:
+            log.warning("ending: %s", error.detail)
+
+
+def _held_briefly(config: MountConfig) -> MountConfig:
+    """For a view that copies plaintexts: each is wiped as soon as it is copied."""
+    cache = msgspec.structs.replace(config.cache, ttl_s=0.0, idle_s=0.0, stale_s=0.0)
+    return msgspec.structs.replace(config, cache=cache)
+
+
+def _problems(errors: dict[str, KmsfsError]) -> tuple[NamedProblem, ...]:
+    return tuple(
+        NamedProblem(path=path, reason=f"{error.code}: {error.detail}", hint=error.hint)
+        for path, error in errors.items()
+    )
+
+
+def _held_records(held: tuple[HeldFile, ...]) -> tuple[HeldPlaintext, ...]:
+    return tuple(HeldPlaintext(path=file.path, old_path=file.old_path) for file in held)
 
 
 @dataclass(slots=True)
@@ -191,7 +310,7 @@ class _Handed:
 
     config: MountConfig
     listener: socket.socket
-    fuse_fd: int
+    mount_fd: int
 
 
 def main(argv: list[str]) -> int:
@@ -199,10 +318,15 @@ def main(argv: list[str]) -> int:
     launcher_fd, log_target = int(argv[0]), argv[1]
     process.harden("kmsfs-daemon")
     process.forbid_new_privileges()
+    ram_tree.ignore_lease_breaks()
     eventlog.set_up("stderr" if log_target == "stderr" else "syslog", name="kmsfs")
     # A terminal's ^C is the launcher's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launcher = socket.socket(fileno=launcher_fd)
+    if os.path.exists("/dev/fuse"):
+        # While the launcher finds out what is to be mounted.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("kmsfs.views.fuse")
     try:
         handed = _receive_handed(launcher)
     except wire.WireError as error:
@@ -228,11 +352,11 @@ def _receive_handed(launcher: socket.socket) -> _Handed:
         fds[message.item] = fd
     with open(fds["config"], "rb") as file:
         config = msgspec.json.decode(file.read(), type=MountConfig)
-    return _Handed(config, socket.socket(fileno=fds["control"]), fds["fuse"])
+    return _Handed(config, socket.socket(fileno=fds["control"]), fds["mount"])
 
 
 async def _run(handed: _Handed, launcher: socket.socket) -> None:
-    await Daemon(handed.config, launcher, handed.listener, handed.fuse_fd).run()
+    await Daemon(handed.config, launcher, handed.listener, handed.mount_fd).run()
 
 
 if __name__ == "__main__":

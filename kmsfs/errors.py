@@ -292,6 +292,22 @@ class LockedMemoryExhausted(KmsfsError):
     hint = "raise max_bytes under [cache] and the locked-memory limit (LimitMEMLOCK, ulimit -l)"
 
 
+class RamLimitReached(KmsfsError):
+    """The ramfs view's files together would be larger than max_bytes."""
+
+    errno = errno.ENOMEM
+    exit_code = ExitCode.GUARANTEE_NOT_MET
+    hint = "raise max_bytes under [cache]"
+
+
+class NameReserved(KmsfsError):
+    """The ramfs view's layout has names of its own, which no file can be served under."""
+
+    errno = errno.ENOTUNIQ
+    exit_code = ExitCode.USAGE
+    hint = "rename it so that it does not begin with two dots"
+
+
 class GuaranteeNotMet(KmsfsError):
     """A guarantee that was asked for cannot be given on this machine."""
 
@@ -338,6 +354,12 @@ class MountFailed(KmsfsError):
 
     errno = errno.EIO
     exit_code = ExitCode.MOUNTPOINT
+
+
+class FuseUnavailable(MountFailed):
+    """This machine has no FUSE, or does not let this process use it."""
+
+    hint = "load the fuse module, pass /dev/fuse through, or use --view ramfs"
 
 
 class ControlUnavailable(KmsfsError):

@@ -76,7 +76,36 @@ class WorkerEnded:
     reason: str
 
 
-Event = Decrypted | DecryptFailed | Opened | OpenRefused | Wiped | LockChanged | WorkerEnded
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The ramfs shows a new set of files. Numbers of files, but for `size_bytes`."""
+
+    files: int
+    size_bytes: int
+    added: int
+    changed: int
+    removed: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishHeldBack:
+    """A new set of files was not published, or not all of it; what was there before stays."""
+
+    reason: str
+
+
+Event = (
+    Decrypted
+    | DecryptFailed
+    | Opened
+    | OpenRefused
+    | Wiped
+    | LockChanged
+    | WorkerEnded
+    | Published
+    | PublishHeldBack
+)
 
 
 class EventSink(Protocol):

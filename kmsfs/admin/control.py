@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from kmsfs.admin.status import MountStatus
+from kmsfs.admin.status import HeldPlaintext, MountStatus, NamedProblem
 from kmsfs.errors import ControlUnavailable, from_code
 
 MAX_REQUEST_BYTES: Final = 4 << 10
@@ -45,8 +45,28 @@ class StatusAnswer(_Message, frozen=True):
     status: MountStatus
 
 
-class Done(_Message, frozen=True):
-    """What was asked for has happened."""
+class Locked(_Message, frozen=True):
+    """Every plaintext is wiped, but for files of the ramfs view that programs hold.
+
+    Attributes:
+        wiped: number of plaintexts.
+        held: of those, the ones that cannot be wiped yet.
+    """
+
+    wiped: int
+    held: tuple[HeldPlaintext, ...] = ()
+
+
+class Unlocked(_Message, frozen=True):
+    """It serves again.
+
+    Attributes:
+        missing: files that the ramfs view could not fill in.
+        filled: whether it is done with that.
+    """
+
+    missing: tuple[NamedProblem, ...] = ()
+    filled: bool = True
 
 
 class Refused(_Message, frozen=True):
@@ -58,7 +78,7 @@ class Refused(_Message, frozen=True):
 
 
 Request = StatusRequest | LockRequest | UnlockRequest
-Answer = StatusAnswer | Done | Refused
+Answer = StatusAnswer | Locked | Unlocked | Refused
 
 _answer_decoder: Final[msgspec.json.Decoder[Answer]] = msgspec.json.Decoder(Answer)
 

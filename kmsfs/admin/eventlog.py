@@ -11,6 +11,8 @@ from kmsfs.events import (
     Event,
     LockChanged,
     OpenRefused,
+    Published,
+    PublishHeldBack,
     WorkerEnded,
 )
 
@@ -81,5 +83,17 @@ class LogSink:
                 log.warning("%s by uid %d", "locked" if event.locked else "unlocked", event.by_uid)
             case WorkerEnded():
                 log.warning("worker %d ended: %s", event.pid, event.reason)
+            case Published():
+                log.info(
+                    "published %d files, %d bytes: %d added, %d changed, %d removed, %d failed",
+                    event.files,
+                    event.size_bytes,
+                    event.added,
+                    event.changed,
+                    event.removed,
+                    event.failed,
+                )
+            case PublishHeldBack():
+                log.warning("files stay as they were: %s", event.reason)
             case _:
                 pass

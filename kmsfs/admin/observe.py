@@ -3,7 +3,7 @@
 import os
 from typing import Final
 
-from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem
+from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem, RamStatus
 from kmsfs.decryptor.client import DecryptorClient
 from kmsfs.memory.process import ProcessReport, report
 from kmsfs.settings import MountConfig
@@ -14,8 +14,10 @@ from kmsfs.store.volume import Volume
 _MAX_NAMED: Final = 1000
 
 
-async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -> MountStatus:
-    """The mount as it is now."""
+async def gather(
+    config: MountConfig, volume: Volume, client: DecryptorClient, ram: RamStatus | None
+) -> MountStatus:
+    """The mount as it is now; `ram` is what its ramfs view says of itself."""
     survey = await volume.survey()
     held = volume.cache.held()
     greeting = client.workers.greeting
@@ -26,7 +28,9 @@ async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -
         mountpoint=config.mountpoint,
         source=config.source,
         volume=config.volume,
-        view="fuse",
+        view=config.view,
+        view_reason=config.view_reason,
+        ram=ram,
         locked=volume.cache.locked,
         served=len(survey.files),
         ignored_count=len(survey.ignored),
@@ -56,7 +60,7 @@ async def gather(config: MountConfig, volume: Volume, client: DecryptorClient) -
         daemon=daemon,
         workers=client.worker_report,
         plaintext_in=kinds,
-        weaknesses=tuple(_weaknesses(config, volume, client, daemon, kinds)),
+        weaknesses=tuple(_weaknesses(config, volume, client, daemon=daemon, kinds=kinds, ram=ram)),
     )
 
 
@@ -102,8 +106,10 @@ def _weaknesses(
     config: MountConfig,
     volume: Volume,
     client: DecryptorClient,
+    *,
     daemon: ProcessReport,
     kinds: tuple[str, ...],
+    ram: RamStatus | None,
 ) -> list[str]:
     greeting, workers = client.workers.greeting, client.worker_report
     weaknesses = []
@@ -122,6 +128,10 @@ def _weaknesses(
             f"locked memory is limited to {volume.arena.budget_bytes} bytes, "
             f"{config.cache.max_bytes} are configured"
         )
+    if ram is not None and ram.swappable:
+        weaknesses.append("the tmpfs can be swapped out: a ramfs cannot")
+    if ram is not None and ram.problem:
+        weaknesses.append(f"the files are not kept in step with the source: {ram.problem}")
     if config.kms.any_key:
         weaknesses.append("any key is accepted for bare blobs")
     return weaknesses

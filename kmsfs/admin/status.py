@@ -22,10 +22,52 @@ class CachedPlaintext(msgspec.Struct, frozen=True, kw_only=True):
     open_by: int
 
 
+class HeldPlaintext(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the ramfs view that was taken away while a program held it.
+
+    Attributes:
+        old_path: where it lies now, relative to the ramfs: what /proc shows of its holders.
+    """
+
+    path: str
+    old_path: str
+
+
+class RamStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ramfs view has to show.
+
+    Attributes:
+        kind: `ramfs` or `tmpfs`.
+        swappable: whether the kernel may write the files to swap.
+        stale: files shown although KMS could not be asked for them again.
+        problem: why the last refresh was not made; empty otherwise.
+    """
+
+    kind: str
+    swappable: bool
+    files: int
+    size_bytes: int
+    limit_bytes: int
+    stale: tuple[NamedProblem, ...]
+    held: tuple[HeldPlaintext, ...]
+    problem: str
+
+
+class UnattendedStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A ramfs that was filled and left: by `--once`, or by a process that was killed."""
+
+    mountpoint: str
+    source: str
+    view: str = "ramfs"
+    attended: bool = False
+
+
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an administrator may know of a mount; identifiers and numbers only.
 
     Attributes:
+        view_reason: why it is not the FUSE view, where that would have been taken.
+        ram: what only the ramfs view has.
         served, ignored_count, unbound_count: numbers of files.
         failing: files whose last open failed, or that can never be decrypted.
         unbound: files served although they are not bound to their place.
@@ -56,3 +98,5 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     workers: ProcessReport | None
     plaintext_in: tuple[str, ...]
     weaknesses: tuple[str, ...]
+    view_reason: str = ""
+    ram: RamStatus | None = None

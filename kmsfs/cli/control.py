@@ -8,11 +8,10 @@ import click
 
 from kmsfs.cli import messages
 from kmsfs.cli.options import json_option
-from kmsfs.errors import ControlUnavailable, ExitCode, MountpointUnusable
+from kmsfs.errors import ControlUnavailable, ExitCode
 
 if TYPE_CHECKING:
-    from kmsfs.admin.status import MountStatus
-    from kmsfs.views.mountpoint import Mount
+    from kmsfs.admin.status import MountStatus, RamStatus, UnattendedStatus
 
 
 @click.command()
@@ -26,15 +25,21 @@ def status(mountpoint: str | None, as_json: bool) -> int:
     import msgspec
 
     from kmsfs.admin import control
-    from kmsfs.views import mountpoint as mounts
+    from kmsfs.admin.status import UnattendedStatus
+    from kmsfs.cli import mounts
+    from kmsfs.views.mountpoint import RAM_SOURCE_PREFIX, is_ram_of_ours
 
-    found = [_find(mountpoint)] if mountpoint is not None else mounts.kmsfs_mounts()
-    answers: list[MountStatus] = []
+    found = [mounts.find(mountpoint)] if mountpoint is not None else mounts.find_all()
+    answers: list[MountStatus | UnattendedStatus] = []
     failed = False
-    for mount in {m.device: m for m in found}.values():
+    for mount in found:
         try:
             answer = control.call(mount.device, os.geteuid(), control.StatusRequest())
         except ControlUnavailable as error:
+            if is_ram_of_ours(mount) and os.geteuid() == 0:
+                source = mount.source.removeprefix(RAM_SOURCE_PREFIX)
+                answers.append(UnattendedStatus(mountpoint=mount.mountpoint, source=source))
+                continue
             if mountpoint is not None:
                 raise
             messages.failure(error, about=mount.mountpoint)
@@ -47,7 +52,8 @@ def status(mountpoint: str | None, as_json: bool) -> int:
         sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
     else:
         for index, record in enumerate(answers):
-            click.echo(("\n" if index else "") + _as_text(record), nl=False)
+            text = _unattended(record) if isinstance(record, UnattendedStatus) else _as_text(record)
+            click.echo(("\n" if index else "") + text, nl=False)
         if not found:
             click.echo("nothing is mounted")
     return ExitCode.SOME_FAILED if failed else ExitCode.DONE
@@ -55,33 +61,46 @@ def status(mountpoint: str | None, as_json: bool) -> int:
 
 @click.command()
 @click.argument("mountpoint", type=click.Path())
-def lock(mountpoint: str) -> None:
+def lock(mountpoint: str) -> int:
     """Wipe every plaintext of MOUNTPOINT, end what could hold a copy, and refuse to open files.
 
-    Files that are open stay open and cannot be read any more, also after unlock.
+    Files that are open stay open and cannot be read any more, also after unlock. The ramfs view
+    is emptied; what programs hold of it they can read until they close it, and they are named.
     """
     from kmsfs.admin import control
+    from kmsfs.cli import mounts
 
-    control.call(_find(mountpoint).device, os.geteuid(), control.LockRequest())
+    answer = control.call(mounts.find(mountpoint).device, os.geteuid(), control.LockRequest())
+    assert isinstance(answer, control.Locked)
+    click.echo(f"locked: {_plaintexts(answer.wiped - len(answer.held))} wiped")
+    mounts.warn_of_held({file.old_path: file.path for file in answer.held})
+    return ExitCode.SOME_FAILED if answer.held else ExitCode.DONE
 
 
 @click.command()
 @click.argument("mountpoint", type=click.Path())
-def unlock(mountpoint: str) -> None:
-    """Let files of MOUNTPOINT be opened again after lock."""
+def unlock(mountpoint: str) -> int:
+    """Let files of MOUNTPOINT be opened again after lock; the ramfs view is filled again."""
     from kmsfs.admin import control
+    from kmsfs.cli import mounts
 
-    control.call(_find(mountpoint).device, os.geteuid(), control.UnlockRequest())
+    answer = control.call(mounts.find(mountpoint).device, os.geteuid(), control.UnlockRequest())
+    assert isinstance(answer, control.Unlocked)
+    for item in answer.missing:
+        messages.error(f"{item.path}: {item.reason}")
+        if item.hint:
+            messages.hint(item.hint)
+    if not answer.filled:
+        messages.warning("the ramfs is still being filled: see `kmsfs status`")
+    return ExitCode.SOME_FAILED if answer.missing else ExitCode.DONE
 
 
-def _find(mountpoint: str) -> "Mount":
-    from kmsfs.views import mountpoint as mounts
-
-    path = mounts.resolve(mountpoint)
-    found = mounts.find_mount(path)
-    if found is None or found.fs_type != mounts.FS_TYPE:
-        raise MountpointUnusable(f"nothing of kmsfs is mounted at {path}")
-    return found
+def _unattended(record: "UnattendedStatus") -> str:
+    lines = (
+        f"{record.mountpoint}: {record.source} ({record.view} view)",
+        "  state    filled and left: no process keeps it in step with the source",
+    )
+    return "".join(messages.printable(line) + "\n" for line in lines)
 
 
 def _as_text(record: "MountStatus") -> str:
@@ -94,6 +113,10 @@ def _as_text(record: "MountStatus") -> str:
         f"  served   {_files(record.served)}",
         f"  cached   {_files(len(record.cached))}, {used} bytes",
     ]
+    if record.view_reason:
+        lines.insert(1, f"  view     ramfs, since FUSE cannot be used: {record.view_reason}")
+    if record.ram is not None:
+        lines[-1:] = _ram_lines(record.ram)
     lines += [
         f"    {entry.path}: {entry.size_bytes} bytes, {entry.age_s:.0f} s old"
         + (f", open {entry.open_by} times" if entry.open_by else "")
@@ -108,12 +131,28 @@ def _as_text(record: "MountStatus") -> str:
         lines.append(f"    {item.path}: {item.reason}")
         if item.hint:
             lines.append(f"      hint: {item.hint}")
-    memory = ", ".join(record.plaintext_in) or "none held"
+    memory = ", ".join(record.plaintext_in) or ("none held" if record.ram is None else "ramfs")
     lines.append(f"  memory   {memory}")
     credentials = record.credential_source or "not looked for yet"
     lines.append(f"  keys     {', '.join(record.key_ids) or 'any'} (credentials: {credentials})")
     lines += [f"  weaker   {text}" for text in record.weaknesses]
     return "".join(messages.printable(line) + "\n" for line in lines)
+
+
+def _ram_lines(ram: "RamStatus") -> list[str]:
+    used = f"{ram.size_bytes} of {ram.limit_bytes} bytes"
+    lines = [f"  {ram.kind:8} {_files(ram.files)}, {used}, decrypted at mount and at each change"]
+    if ram.stale:
+        lines.append(f"  stale    {_files(len(ram.stale))}, kept until KMS can be asked again")
+        lines += [f"    {item.path}: {item.reason}" for item in ram.stale]
+    if ram.held:
+        lines.append(f"  held     {_files(len(ram.held))}, taken away and open in a program")
+        lines += [f"    {item.path}" for item in ram.held]
+    return lines
+
+
+def _plaintexts(count: int) -> str:
+    return "1 plaintext" if count == 1 else f"{count} plaintexts"
 
 
 def _files(count: int) -> str:

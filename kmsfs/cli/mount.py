@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import socket
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from kmsfs.errors import ControlUnavailable, MountpointUnusable
 
 if TYPE_CHECKING:
     from kmsfs.settings import MountConfig
+    from kmsfs.views.serving import HeldFile
 
 # Unmounting includes wiping; a daemon that takes longer is reported, not waited for.
 _END_S = 20.0
@@ -35,7 +37,19 @@ _END_S = 20.0
 @click.option("--group", metavar="GROUP", help="Group of files and directories: name or number.")
 @click.option("--mode", metavar="OCTAL", help="Permissions of files; 0400 by default.")
 @click.option("--dir-mode", metavar="OCTAL", help="Permissions of directories; 0555 by default.")
-@click.option("--view", type=click.Choice(["fuse", "auto"]), help="How to serve the files.")
+@click.option(
+    "--view",
+    type=click.Choice(["fuse", "ramfs", "auto"]),
+    help="How to serve the files; auto takes a ramfs where FUSE cannot be used.",
+)
+@click.option(
+    "--ram",
+    type=click.Choice(["ramfs", "tmpfs"]),
+    help="What the ramfs view fills; a tmpfs must be mounted with noswap.",
+)
+@click.option("--allow-swap", is_flag=True, help="Fill a tmpfs that can be swapped out, too.")
+@click.option("--require-all", is_flag=True, help="Mount only if every file decrypts.")
+@click.option("--once", is_flag=True, help="Fill a ramfs and leave it, with no process behind.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option(
     "-o",
@@ -59,14 +73,20 @@ def mount(
     mode: str | None,
     dir_mode: str | None,
     view: str | None,
+    ram: str | None,
+    allow_swap: bool,
+    require_all: bool,
+    once: bool,
     foreground: bool,
     option_texts: tuple[str, ...],
 ) -> int:
     """Serve the ciphertext files of SOURCE as plain files at MOUNTPOINT.
 
     Returns when the mount is ready, or says why it is not. Files are decrypted when they are
-    first opened, into locked memory.
+    first opened, into locked memory; in the ramfs view all of them at mount, into a ramfs. The
+    status is 1 if some of these could not be.
     """
+    from kmsfs.cli.mount_report import MountReport
     from kmsfs.launcher import launch
 
     def make_config() -> "MountConfig":
@@ -87,30 +107,44 @@ def mount(
             mode=mode,
             dir_mode=dir_mode,
             view=view,
+            ram=ram,
+            allow_swap=allow_swap,
+            require_all=require_all,
+            once=once,
         )
         for text in option_texts:
             options = with_option_text(options, text)
         return mount_config(source, mountpoint, options)
 
-    return launch(make_config, foreground=foreground)
+    with MountReport() as report:
+        status = launch(make_config, foreground=foreground, tell=report.tell)
+    return status or report.status
 
 
 @click.command()
 @click.argument("mountpoint", type=click.Path())
 def umount(mountpoint: str) -> None:
-    """Unmount MOUNTPOINT, and return when every plaintext is wiped."""
+    """Unmount MOUNTPOINT, and return when every plaintext is wiped.
+
+    A ramfs that was mounted before kmsfs filled it is emptied and stays mounted.
+    """
     from kmsfs.admin import control
+    from kmsfs.cli.mounts import find
+    from kmsfs.launcher import take_away_ram
     from kmsfs.views import mountpoint as mounts
 
-    path = mounts.resolve(mountpoint)
-    found = mounts.find_mount(path)
-    if found is None or found.fs_type != mounts.FS_TYPE:
-        raise MountpointUnusable(f"nothing of kmsfs is mounted at {path}")
+    found = find(mountpoint)
+    path = found.mountpoint
     connection: socket.socket | None = None
     with contextlib.suppress(ControlUnavailable):
         connection = control.connect(found.device, os.geteuid())
     try:
-        mounts.unmount(path, lazy=connection is None and mounts.is_dead(path))
+        if connection is not None and not mounts.is_ours(found):
+            _end_launcher(connection)
+        elif connection is None and found.fs_type != mounts.FS_TYPE:
+            _warn_of_held(take_away_ram(found))
+        else:
+            mounts.unmount(path, lazy=connection is None and mounts.is_dead(path))
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise MountpointUnusable(f"unmounting {path}: {error.strerror}") from error
@@ -122,6 +156,22 @@ def umount(mountpoint: str) -> None:
     if connection is not None:
         with connection:
             _await_end(connection, path)
+
+
+def _end_launcher(connection: socket.socket) -> None:
+    """Have the launcher, which listens at the other end, take everything away and end."""
+    from kmsfs.admin import control
+
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, control.UCRED_BYTES)
+    launcher_pid, _ = control.parse_credentials(ucred)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(launcher_pid, signal.SIGTERM)
+
+
+def _warn_of_held(held: "list[HeldFile]") -> None:
+    from kmsfs.cli.mounts import warn_of_held
+
+    warn_of_held({file.old_path: file.path for file in held})
 
 
 def _await_end(connection: socket.socket, path: str) -> None:

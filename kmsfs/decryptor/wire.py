@@ -100,17 +100,40 @@ class Failed(_Message, frozen=True):
     hint: str | None = None
 
 
-Handed = Literal["config", "control", "fuse"]
+Handed = Literal["config", "control", "mount"]
 
 
 class HandOver(_Message, frozen=True):
     """Launcher to daemon, with one of the descriptors that it needs to begin.
 
-    `config`: the mount's configuration as JSON; `control`: the listening control socket; `fuse`:
-    /dev/fuse, mounted.
+    `config`: the mount's configuration as JSON; `control`: the listening control socket;
+    `mount`: /dev/fuse, mounted, or the root of the ramfs.
     """
 
     item: Handed
+
+
+class ViewChosen(_Message, frozen=True):
+    """Launcher to whoever called it: `auto` became this view because of that."""
+
+    view: str
+    reason: str
+
+
+class Filling(_Message, frozen=True):
+    """Daemon to launcher, before it is ready: so many files have been asked for."""
+
+    done: int
+    total: int
+
+
+class FileMissing(_Message, frozen=True):
+    """Daemon to launcher, before it is ready: a file could not be decrypted, and why."""
+
+    path: str
+    code: str
+    detail: str
+    hint: str | None = None
 
 
 class DaemonReady(_Message, frozen=True):
@@ -147,6 +170,9 @@ Message = (
     | Taken
     | Failed
     | HandOver
+    | ViewChosen
+    | Filling
+    | FileMissing
     | DaemonReady
     | DaemonFailed
     | ZygoteWanted

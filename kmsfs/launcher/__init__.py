@@ -15,13 +15,18 @@ import msgspec
 from kmsfs.admin import eventlog
 from kmsfs.decryptor import wire
 from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
+from kmsfs.launcher.mounting import Told, take_away_ram
 from kmsfs.launcher.supervisor import Launcher
 from kmsfs.settings import MountConfig
 
-__all__ = ["launch"]
+__all__ = ["Told", "launch", "take_away_ram"]
+
+_Said = Told | wire.DaemonReady | wire.DaemonFailed
 
 
-def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
+def launch(
+    make_config: Callable[[], MountConfig], *, foreground: bool, tell: Callable[[Told], None]
+) -> int:
     """Mount and serve.
 
     In the background this returns, in the calling process, once the mount is ready; in the
@@ -29,6 +34,7 @@ def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
 
     Args:
         make_config: yields the configuration; called in the launcher.
+        tell: told in the calling process, before the mount is ready, how it comes along.
 
     Returns: the exit status.
     Raises:
@@ -37,7 +43,7 @@ def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
     _open_standard_streams()
     if foreground:
         eventlog.set_up("stderr", name="kmsfs")
-        launcher = Launcher(make_config, log_target="stderr")
+        launcher = Launcher(make_config, tell=tell, log_target="stderr")
         launcher.start()
         return launcher.run()
     read_end, write_end = os.pipe()
@@ -47,14 +53,17 @@ def launch(make_config: Callable[[], MountConfig], *, foreground: bool) -> int:
         _be_background_launcher(make_config, write_end)
     os.close(write_end)
     with open(read_end, "rb") as pipe:
-        said = pipe.read()
-    if not said:
-        raise MountFailed("the launcher ended without a word", hint="use --foreground to see why")
-    message = msgspec.json.decode(said, type=wire.DaemonReady | wire.DaemonFailed)
-    if isinstance(message, wire.DaemonFailed):
-        os.waitpid(pid, 0)
-        raise from_code(message.code, message.detail, message.hint)
-    return ExitCode.DONE
+        for line in pipe:
+            message = msgspec.json.decode(line, type=_Said)
+            match message:
+                case wire.DaemonReady():
+                    return ExitCode.DONE
+                case wire.DaemonFailed():
+                    os.waitpid(pid, 0)
+                    raise from_code(message.code, message.detail, message.hint)
+                case _:
+                    tell(message)
+    raise MountFailed("the launcher ended without a word", hint="use --foreground to see why")
 
 
 def _open_standard_streams() -> None:
@@ -69,9 +78,11 @@ def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int
     try:
         eventlog.set_up("syslog", name="kmsfs")
         # Mounted before setsid(): an automount waits for processes of its own session only.
-        launcher = Launcher(make_config, log_target="syslog")
+        launcher = Launcher(make_config, tell=lambda told: _say(pipe_fd, told), log_target="syslog")
         try:
             launcher.start()
+            if launcher.fills_once:
+                status = launcher.run()
         except KmsfsError as error:
             _say(
                 pipe_fd,
@@ -80,6 +91,9 @@ def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int
         except Exception as error:  # noqa: BLE001 - the caller reports a bug like any failure
             _say(pipe_fd, wire.DaemonFailed(code=type(error).__name__, detail="in the launcher"))
         else:
+            if launcher.fills_once:
+                _say(pipe_fd, wire.DaemonReady())
+                os._exit(status)
             os.setsid()
             os.chdir("/")
             null_fd = os.open(os.devnull, os.O_RDWR)
@@ -93,7 +107,7 @@ def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int
         os._exit(status)
 
 
-def _say(pipe_fd: int, message: wire.DaemonReady | wire.DaemonFailed) -> None:
+def _say(pipe_fd: int, message: _Said) -> None:
     # Whoever called may have been interrupted; the mount itself is not affected.
     with contextlib.suppress(BrokenPipeError):
-        os.write(pipe_fd, msgspec.json.encode(message))
+        os.write(pipe_fd, msgspec.json.encode(message) + b"\n")

@@ -17,6 +17,7 @@ from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError, MountFailed, from_code
 from kmsfs.launcher import children
 from kmsfs.launcher.children import Child
+from kmsfs.launcher.mounting import Told, open_mount
 from kmsfs.memory import process
 from kmsfs.settings import MountConfig
 from kmsfs.views import mountpoint as mounts
@@ -43,17 +44,27 @@ class Launcher:
     Args:
         make_config: yields the mount's configuration, or raises why it is impossible; called
             once, while the daemon is already importing its libraries.
+        tell: told, before the mount is ready, what the caller might want to know.
         log_target: where the daemon's log goes, `stderr` or `syslog`.
     """
 
-    def __init__(self, make_config: Callable[[], MountConfig], *, log_target: str) -> None:
+    def __init__(
+        self,
+        make_config: Callable[[], MountConfig],
+        *,
+        tell: Callable[[Told], None],
+        log_target: str,
+    ) -> None:
         self._make_config = make_config
+        self._tell = tell
         self._known_config: MountConfig | None = None
         self._log_target = log_target
         self._daemon: Child | None = None
         self._zygote: Child | None = None
         self._lifeline: socket.socket | None = None
         self._mount: mounts.Mount | None = None
+        # Whether the mount is ours to unmount, and whether it was not there before.
+        self._made = self._fresh = False
         self._control: tuple[str, int] | None = None
         self._stopping = False
         self._detached = False
@@ -74,11 +85,15 @@ class Launcher:
         try:
             self._start_daemon()
             self._known_config = self._make_config()
-            mounts.prepare(self._config.mountpoint)
             self._mount_and_serve()
         except BaseException:
             self._end_all()
             raise
+
+    @property
+    def fills_once(self) -> bool:
+        """Whether no process is to stay behind."""
+        return self._config.once
 
     def run(self) -> int:
         """Watch over the mount until it is gone; returns the exit status."""
@@ -134,23 +149,19 @@ class Launcher:
         Raises:
             KmsfsError: why it cannot be.
         """
-        config = self._config
         assert self._daemon is not None
         assert self._lifeline is not None
         self._raise_memlock_limit(self._daemon)
-        fuse_fd = mounts.mount_fuse(
-            config.source, config.mountpoint, allow_other=config.allow_other
-        )
+        opened = open_mount(self._config, self._tell)
         # Kept open here, readers would hang instead of getting ENOTCONN when the daemon dies.
-        with children.closing(fuse_fd):
-            self._mount = mounts.find_mount(config.mountpoint)
-            if self._mount is None or self._mount.fs_type != mounts.FS_TYPE:
-                raise MountFailed(f"{config.mountpoint} is not in the mount table")
+        with children.closing(opened.fd):
+            self._known_config, self._mount = opened.config, opened.mount
+            self._made, self._fresh = opened.made, opened.fresh
             self._detached = False
-            with self._listen() as listener, children.memory_file(config) as config_fd:
+            with self._listen() as listener, children.memory_file(self._config) as config_fd:
                 self._hand_over("config", config_fd)
                 self._hand_over("control", listener.fileno())
-                self._hand_over("fuse", fuse_fd)
+                self._hand_over("mount", opened.fd)
         self._start_zygote()
         self._await_ready()
 
@@ -193,18 +204,25 @@ class Launcher:
             KmsfsError: what the daemon said, or that it said nothing.
         """
         assert self._lifeline is not None
-        self._lifeline.settimeout(_READY_S)
+        # Between two files at most their deadline passes.
+        self._lifeline.settimeout(_READY_S + self._config.kms.deadline_s)
         try:
-            message, _ = wire.receive(self._lifeline)
+            while not isinstance(message := wire.receive(self._lifeline)[0], wire.DaemonReady):
+                match message:
+                    case wire.DaemonFailed():
+                        raise from_code(message.code, message.detail, message.hint)
+                    case wire.Filling() | wire.FileMissing():
+                        self._tell(message)
+                    case wire.ZygoteWanted():
+                        self._bring_zygote()
+                    case _:
+                        log.warning("unexpected %s from the daemon", type(message).__name__)
         except wire.WireError as error:
             raise MountFailed(
                 f"the daemon did not come up: {error}", hint="see the log, or use --foreground"
             ) from None
         finally:
-            if self._lifeline is not None:
-                self._lifeline.settimeout(None)
-        if isinstance(message, wire.DaemonFailed):
-            raise from_code(message.code, message.detail, message.hint)
+            self._lifeline.settimeout(None)
         try:
             os.statvfs(self._config.mountpoint)
         except OSError as error:
@@ -258,10 +276,12 @@ class Launcher:
             self._lifeline = None
             return
         if isinstance(message, wire.ZygoteWanted) and not self._stopping:
-            if self._zygote is not None:
-                self._zygote.kill(signal.SIGKILL)
-                self._zygote.wait(_END_S)
-            self._start_zygote()
+            self._bring_zygote()
+
+    def _bring_zygote(self) -> None:
+        """A zygote in place of the one there was."""
+        self._end_zygote()
+        self._start_zygote()
 
     def _on_mount_table(self) -> None:
         if self._mount is None or self._detached or self._stopping:
@@ -281,6 +301,8 @@ class Launcher:
         self._end_zygote()
         self._close_channels()
         gone = self._mount is None or not any(mounts.mounts_of(self._mount.device))
+        if self._config.once and status == 0:
+            return 0
         if self._stopping or gone or status == 0:
             self._unmount()
             return 0
@@ -288,10 +310,10 @@ class Launcher:
         self._restarts = [at for at in self._restarts if now - at < _RESTART_WINDOW_S] + [now]
         if len(self._restarts) > _MAX_RESTARTS:
             log.error("the daemon died %d times within a minute: giving up", _MAX_RESTARTS)
-            self._unmount()
+            self._unmount_dead()
             return 1
-        log.error("the daemon ended with status %s: mounting anew", status)
-        self._unmount()
+        log.error("the daemon ended with status %s: starting another", status)
+        self._unmount_dead()
         try:
             self._start_daemon()
             self._mount_and_serve()
@@ -303,9 +325,14 @@ class Launcher:
 
     # --- ending ----------------------------------------------------------------------------------
 
+    def _unmount_dead(self) -> None:
+        """Unmount what nobody serves any more. A ramfs stays: it needs nobody to be read."""
+        if self._config.view != "ramfs":
+            self._unmount()
+
     def _unmount(self) -> None:
         """Unmount our own mount; lazily where somebody uses it."""
-        if self._mount is None:
+        if self._mount is None or not self._made:
             return
         current = mounts.find_mount(self._config.mountpoint)
         if current is None or current.mount_id != self._mount.mount_id:
@@ -320,7 +347,8 @@ class Launcher:
 
     def _end_all(self) -> None:
         self._stopping = True
-        self._unmount()
+        if self._fresh:
+            self._unmount()
         if self._daemon is not None:
             self._daemon.kill(signal.SIGTERM)
             if self._daemon.wait(_END_S) is None:

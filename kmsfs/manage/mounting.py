@@ -5,7 +5,7 @@ import os
 import pwd
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -13,7 +13,15 @@ from kmsfs.config import RuleTable, VolumeFile, cache_settings, parse_mode
 from kmsfs.errors import ConfigInvalid, InputUnreadable, MountpointUnusable, UsageInvalid
 from kmsfs.manage.keys import KeyOptions, settings_for
 from kmsfs.manage.place import volume_above
-from kmsfs.settings import CacheSettings, MountConfig, Ownership, OwnershipRule
+from kmsfs.settings import (
+    CacheSettings,
+    MountConfig,
+    Ownership,
+    OwnershipRule,
+    RamKind,
+    RamSettings,
+    View,
+)
 from kmsfs.views.mountpoint import resolve
 
 # What mount(8), fstab and systemd pass along and what is so in any case.
@@ -22,9 +30,14 @@ _ACCEPTED_OPTIONS: Final = frozenset(
     | {"auto", "noauto", "user", "nouser", "nofail", "_netdev"}
 )
 _VALUE_OPTIONS: Final = frozenset(
-    {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view"}
+    {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view", "ram"}
 )
-_VIEWS: Final = ("auto", "fuse")
+_FLAG_OPTIONS: Final = frozenset({"allow_other", "allow_swap", "require_all", "once"})
+_VIEWS: Final[tuple[View, ...]] = ("auto", "fuse", "ramfs")
+_RAM_KINDS: Final[tuple[RamKind, ...]] = ("ramfs", "tmpfs")
+
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +50,11 @@ class MountOptions:
     mode: str | None = None
     dir_mode: str | None = None
     view: str | None = None
+    ram: str | None = None
     allow_other: bool = False
+    allow_swap: bool = False
+    require_all: bool = False
+    once: bool = False
 
 
 def with_option_text(options: MountOptions, text: str) -> MountOptions:
@@ -52,11 +69,11 @@ def with_option_text(options: MountOptions, text: str) -> MountOptions:
         name, has_value, value = item.partition("=")
         if name in _ACCEPTED_OPTIONS or name.startswith("x-") or not item:
             continue
-        if name in ("any_key", "allow_other") and not has_value:
-            if name == "any_key":
-                keys = replace(keys, any_key=True)
-            else:
-                changes["allow_other"] = True
+        if name == "any_key" and not has_value:
+            keys = replace(keys, any_key=True)
+            continue
+        if name in _FLAG_OPTIONS and not has_value:
+            changes[name] = True
             continue
         if name not in _VALUE_OPTIONS | {"key_id", "encryption_context"}:
             raise UsageInvalid(
@@ -105,7 +122,6 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
     _check_apart(source_path, mountpoint_path)
     volume = volume_above(Path(source_path))
     file = volume.file if volume is not None else VolumeFile()
-    _check_view(options.view or file.volume.view)
     if options.keys.any_key and options.keys.key_ids:
         raise UsageInvalid("--any-key and --key-id contradict each other")
     kms = settings_for(volume, options.keys)
@@ -128,6 +144,10 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         rules=tuple(_resolved(rule) for rule in file.rule),
         ownership=_ownership(options),
         allow_other=os.geteuid() == 0 or options.allow_other,
+        view=_view(options, file),
+        ram=_ram_settings(options),
+        require_all=options.require_all,
+        once=options.once,
     )
 
 
@@ -194,9 +214,31 @@ def _check_apart(source: str, mountpoint: str) -> None:
         )
 
 
-def _check_view(view: str) -> None:
-    if view not in _VIEWS:
-        raise UsageInvalid(f"view {view!r} is not available", hint="fuse or auto")
+def _view(options: MountOptions, file: VolumeFile) -> View:
+    view = _one_of(_VIEWS, options.view or file.volume.view, "view")
+    wants_ram = options.once or options.ram is not None or options.allow_swap
+    if wants_ram and view == "fuse":
+        raise UsageInvalid(
+            "once, ram and allow_swap are options of the ramfs view", hint="--view ramfs"
+        )
+    if options.once and view == "auto":
+        # With nobody behind it FUSE cannot be served.
+        return "ramfs"
+    return view
+
+
+def _ram_settings(options: MountOptions) -> RamSettings:
+    kind = _one_of(_RAM_KINDS, options.ram or "ramfs", "ram")
+    if options.allow_swap and kind != "tmpfs":
+        raise UsageInvalid("a ramfs is never swapped", hint="allow_swap goes with --ram tmpfs")
+    return RamSettings(kind=kind, allow_swap=options.allow_swap)
+
+
+def _one_of(known: tuple[Name, ...], value: str, what: str) -> Name:
+    for name in known:
+        if name == value:
+            return name
+    raise UsageInvalid(f"{what} {value!r} is not known", hint=f"one of {', '.join(known)}")
 
 
 def _split(text: str) -> list[str]:

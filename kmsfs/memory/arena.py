@@ -44,6 +44,19 @@ class Slot:
         self._mapping.copy_to(target, offset, count)
         return count
 
+    def write_to(self, fd: int, offset: int, size_bytes: int) -> int:
+        """Write up to `size_bytes` from `offset` to the current position of a file.
+
+        Returns: the bytes written; 0 at or past the end.
+        Raises:
+            OSError: the file takes none.
+        Plaintext: goes to the file, straight from the slot.
+        """
+        count = min(size_bytes, self.size_bytes - offset)
+        if count <= 0 or self._mapping is None:
+            return 0
+        return self._mapping.write_to(fd, offset, count)
+
     def wipe(self) -> None:
         """Overwrite the plaintext and give the memory back; again is harmless."""
         if self._mapping is not None:

@@ -112,6 +112,20 @@ class LockedMapping:
             raise ValueError("target too small")
         libc.copy(target._address, self._address + offset, size_bytes)
 
+    def write_to(self, fd: int, offset: int, size_bytes: int) -> int:
+        """Write a range to a file's current position, straight from this memory.
+
+        Returns: the bytes written, which may be fewer.
+        Raises:
+            OSError: the file takes none.
+        """
+        self._check_open()
+        if offset < 0 or size_bytes < 0 or offset + size_bytes > self.mapped_bytes:
+            raise ValueError("range outside the mapping")
+        whole = libc.view(self._address, self.mapped_bytes)
+        with whole, whole[offset : offset + size_bytes] as part:
+            return os.write(fd, part)
+
     def wipe(self, size_bytes: int | None = None) -> None:
         """Overwrite the first `size_bytes` (all by default) with zeros; stays mapped."""
         self._check_open()

@@ -40,6 +40,11 @@ _PURGING: Final = frozenset({ExitCode.REFUSED_BY_KMS, ExitCode.NOT_AUTHENTIC})
 DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
 
 
+def kms_is_away(error: KmsfsError) -> bool:
+    """Whether KMS gave no answer, as against one that says no: what it said before may stand."""
+    return isinstance(error, KmsUnreachable | CredentialsUnavailable)
+
+
 @dataclass(eq=False, slots=True)
 class _Flight:
     """A decryption under way, and how many opens wait for it."""
@@ -138,7 +143,7 @@ class PlaintextCache:
             return self._lease(entry), True
         if file.problem:
             error = CiphertextInvalid(file.problem)
-            self._note_failure(file.path, error)
+            self.note_failure(file.path, error)
             raise error
         if self._waiting >= MAX_WAITING:
             raise TooManyWaiting(f"{MAX_WAITING} opens wait already")
@@ -248,9 +253,8 @@ class PlaintextCache:
     def _may_serve_stale(self, entry: Entry | None, error: KmsfsError) -> bool:
         if entry is None or entry.wiped or not entry.current:
             return False
-        kms_is_away = isinstance(error, KmsUnreachable | CredentialsUnavailable)
         ends_at = entry.ready_at + self._settings.lifetime_s + self._settings.stale_s
-        return kms_is_away and trio.current_time() < ends_at
+        return kms_is_away(error) and trio.current_time() < ends_at
 
     async def _fly(self, flight: _Flight, deadline: float) -> None:
         file = flight.file
@@ -272,7 +276,7 @@ class PlaintextCache:
     def _fail(self, flight: _Flight, error: KmsfsError, duration_s: float) -> None:
         path = flight.file.path
         flight.error = flight.error or error
-        self._note_failure(path, error)
+        self.note_failure(path, error)
         self._events.emit(
             DecryptFailed(path=path, error=error.code, detail=error.detail, duration_s=duration_s)
         )
@@ -315,7 +319,8 @@ class PlaintextCache:
             entry, flight.entry = flight.entry, None
             self._end_lease(entry)
 
-    def _note_failure(self, path: str, error: KmsfsError) -> None:
+    def note_failure(self, path: str, error: KmsfsError) -> None:
+        """Have `failures` show what is the matter with a file, until it is decrypted."""
         self.failures[path] = Failure(error.code, error.detail, error.hint, time.time())
 
     # --- ending ------------------------------------------------------------------------------

@@ -60,6 +60,17 @@ class Lease:
             raise VolumeLocked("the volume was locked after this file was opened")
         return self._entry.slot.copy_to(target, offset, size_bytes)
 
+    def write_to(self, fd: int, offset: int, size_bytes: int) -> int:
+        """Write a range of the plaintext to a file; see `Slot.write_to`.
+
+        Raises:
+            VolumeLocked: the volume was locked since this lease was given.
+            OSError.
+        """
+        if self._entry is None or self._entry.wiped:
+            raise VolumeLocked("the volume was locked after this file was opened")
+        return self._entry.slot.write_to(fd, offset, size_bytes)
+
     def close(self) -> None:
         """Give the lease back; again is harmless."""
         if self._entry is not None:

@@ -81,9 +81,14 @@ SourceNode = SourceFile | SourceDirectory
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Everything in the source, by what becomes of it. Paths are relative to the source."""
+    """Everything in the source, by what becomes of it. Paths are relative to the source.
+
+    `unreadable` are directories that could not be listed: of what is in them nothing is known.
+    """
 
     files: tuple[SourceFile, ...]
+    directories: tuple[str, ...]
+    unreadable: tuple[str, ...]
     ignored: tuple[tuple[str, str], ...]
 
 
@@ -144,6 +149,8 @@ class Source:
     def survey(self) -> Survey:
         """Walk the whole source. What cannot be read is listed as ignored, with the reason."""
         files: list[SourceFile] = []
+        directories: list[str] = []
+        unreadable: list[str] = []
         ignored: list[tuple[str, str]] = []
         pending = [""]
         while pending:
@@ -153,9 +160,13 @@ class Source:
                 names = self._names(directory)
             except (SourceMissing, SourceUnreadable) as error:
                 ignored.append((directory, error.detail))
+                if isinstance(error, SourceUnreadable):
+                    unreadable.append(directory)
                 continue
             files += [node for node in nodes if isinstance(node, SourceFile)]
-            pending += [node.path for node in nodes if isinstance(node, SourceDirectory)]
+            below = [node.path for node in nodes if isinstance(node, SourceDirectory)]
+            directories += below
+            pending += below
             used = {join(directory, VOLUME_FILE_NAME)}
             for node in nodes:
                 if isinstance(node, SourceFile):
@@ -167,7 +178,12 @@ class Source:
                 for name in names
                 if (path := join(directory, name)) not in used
             ]
-        return Survey(files=tuple(sorted(files, key=lambda f: f.path)), ignored=tuple(ignored))
+        return Survey(
+            files=tuple(sorted(files, key=lambda f: f.path)),
+            directories=tuple(sorted(directories)),
+            unreadable=tuple(unreadable),
+            ignored=tuple(ignored),
+        )
 
     def open_ciphertext(self, source_path: str) -> tuple[int, FileVersion]:
         """Open a ciphertext for reading; the descriptor is the caller's to close.

@@ -2,19 +2,20 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar, TypeVarTuple
 
 import msgspec
 import trio
 
-from kmsfs.decryptor.client import DecryptorClient, Plaintext
+from kmsfs.decryptor.client import MAX_CALLS, DecryptorClient, Plaintext
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import (
     CiphertextChanging,
     DeadlineExceeded,
     FileTooLarge,
+    KmsfsError,
     NameConflict,
     SourceMissing,
     VolumeLocked,
@@ -139,6 +140,41 @@ class Volume:
             except CiphertextChanging:
                 return await self._open_newest(path, deadline)
         raise DeadlineExceeded("the open's deadline passed")
+
+    async def open_each(
+        self,
+        paths: Iterable[str],
+        *,
+        take: Callable[[OpenedFile], Awaitable[None]],
+        ended: Callable[[str, KmsfsError | None], None],
+    ) -> None:
+        """Open many files, as many at a time as KMS may be asked at once.
+
+        Args:
+            take: gets each file while its lease lives; a KmsfsError of it counts for that file.
+            ended: told of each path, with what went wrong or None.
+
+        Cancellation: leaves files that are being decrypted to others.
+        """
+        turns = trio.Semaphore(MAX_CALLS)
+
+        async def open_one(path: str) -> None:
+            async with turns:
+                error: KmsfsError | None = None
+                try:
+                    deadline = trio.current_time() + self._config.kms.deadline_s
+                    opened = await self.open_file(path, deadline)
+                    try:
+                        await take(opened)
+                    finally:
+                        opened.lease.close()
+                except KmsfsError as caught:
+                    error = caught
+                ended(path, error)
+
+        async with trio.open_nursery() as nursery:
+            for path in paths:
+                nursery.start_soon(open_one, path)
 
     async def lock(self) -> None:
         """No new leases; workers killed and reaped; every slot wiped. Again is harmless.

@@ -21,7 +21,9 @@ from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.mapping import LockedMapping
 from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
 from kmsfs.store.volume import OpenedFile, Volume
+from kmsfs.views import fuse_loop
 from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
+from kmsfs.views.serving import HeldFile, Progress, Ready
 
 # The largest read that the kernel asks for (FUSE_MAX_MAX_PAGES pages).
 MAX_READ_BYTES: Final = 256 * PAGE_BYTES
@@ -79,16 +81,27 @@ class FuseView(pyfuse3.Operations):
     """Serves a volume read-only.
 
     It also listens to events: when a plaintext is wiped, pages the kernel may have cached of it
-    (by a private mmap) are dropped, by a task of `drop_pages_of_wiped_files`.
+    (by a private mmap) are dropped, by a task of `serve`.
 
     Args:
+        fuse_fd: /dev/fuse of a mount that somebody else made; the view's from now on.
         open_deadline_s: within which every open ends.
+        decrypt_all: decrypt every file once before being ready.
     """
 
     supports_dot_lookup = False
 
-    def __init__(self, volume: Volume, events: EventSink, *, open_deadline_s: float) -> None:
+    def __init__(
+        self,
+        volume: Volume,
+        events: EventSink,
+        fuse_fd: int,
+        *,
+        open_deadline_s: float,
+        decrypt_all: bool = False,
+    ) -> None:
         super().__init__()
+        self._decrypt_all = decrypt_all
         self._volume = volume
         self._events = events
         self._open_deadline_s = open_deadline_s
@@ -103,6 +116,7 @@ class FuseView(pyfuse3.Operations):
         self._wiped_paths: set[str] = set()
         self._wiped_event = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
+        fuse_loop.attach(self, fuse_fd)
 
     # --- what the composition root calls -------------------------------------------------------
 
@@ -112,7 +126,53 @@ class FuseView(pyfuse3.Operations):
             self._wiped_paths.add(event.path)
             self._wiped_event.set()
 
-    async def drop_pages_of_wiped_files(self) -> None:
+    async def serve(self, ready: Ready, progress: Progress) -> None:
+        """Serve until the mount is gone or `stop` is called."""
+        await ready(await self._decrypt_every_file(progress) if self._decrypt_all else {})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._drop_pages_of_wiped_files)
+            await fuse_loop.serve()
+            nursery.cancel_scope.cancel()
+
+    async def after_lock(self) -> tuple[HeldFile, ...]:
+        """Drop what the kernel holds of plaintexts that are wiped."""
+        await self._drop_all_pages()
+        return ()
+
+    async def after_unlock(self) -> dict[str, KmsfsError]:
+        """Files are decrypted when they are opened: nothing to do."""
+        return {}
+
+    async def detach(self) -> None:
+        """Unmounted lazily: from now on hold only what is open."""
+        self._volume.cache.detach()
+
+    def stop(self) -> None:
+        """Have `serve` return; requests that come later are not answered."""
+        fuse_loop.stop()
+
+    def close(self) -> None:
+        """Wipe the reply buffer and close /dev/fuse."""
+        self._wipe_reply_buffer()
+        fuse_loop.close()
+
+    async def _decrypt_every_file(self, progress: Progress) -> dict[str, KmsfsError]:
+        paths = [file.path for file in (await self._volume.survey()).files]
+        failed: dict[str, KmsfsError] = {}
+        done = itertools.count(1)
+
+        async def take(_opened: OpenedFile) -> None:
+            return
+
+        def ended(path: str, error: KmsfsError | None) -> None:
+            if error is not None:
+                failed[path] = error
+            progress(next(done), len(paths))
+
+        await self._volume.open_each(paths, take=take, ended=ended)
+        return failed
+
+    async def _drop_pages_of_wiped_files(self) -> None:
         """Have the kernel drop cached pages of wiped plaintexts, until cancelled."""
         while True:
             await self._wiped_event.wait()
@@ -121,16 +181,16 @@ class FuseView(pyfuse3.Operations):
             numbers = [number for path in paths for number in self._inodes.numbers_of(path)]
             await trio.to_thread.run_sync(_invalidate, numbers, abandon_on_cancel=True)
 
-    async def drop_all_pages(self) -> None:
+    async def _drop_all_pages(self) -> None:
         """Wipe the reply buffer, and have the kernel drop the pages of every file it knows.
 
         Programs with a live map get SIGBUS, if reading the pages anew is refused.
         """
-        self.wipe_reply_buffer()
+        self._wipe_reply_buffer()
         numbers = self._inodes.files_known()
         await trio.to_thread.run_sync(_invalidate, numbers, abandon_on_cancel=True)
 
-    def wipe_reply_buffer(self) -> None:
+    def _wipe_reply_buffer(self) -> None:
         """Overwrite what the last reply left in the reply buffer."""
         if self._bounce_used_bytes:
             self._bounce.wipe(self._bounce_used_bytes)
@@ -252,12 +312,12 @@ class FuseView(pyfuse3.Operations):
 
         pyfuse3's type says bytes; it takes any contiguous buffer.
         """
-        self.wipe_reply_buffer()
+        self._wipe_reply_buffer()
         count = self._handles[fh].opened.lease.copy_to(self._bounce, off, size)
         self._bounce_used_bytes = count
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
-        self._token.run_sync_soon(self.wipe_reply_buffer, idempotent=True)
+        self._token.run_sync_soon(self._wipe_reply_buffer, idempotent=True)
         return self._bounce_view[:count]
 
     @handler

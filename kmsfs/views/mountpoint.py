@@ -13,9 +13,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from kmsfs import libc
-from kmsfs.errors import MountFailed, MountpointUnusable
+from kmsfs.errors import FuseUnavailable, MountFailed, MountpointUnusable
 
 FS_TYPE: Final = "fuse.kmsfs"
+
+RAM_SOURCE_PREFIX: Final = "kmsfs:"
+"""What the source of a ramfs of ours begins with in the mount table."""
+
+# What opening /dev/fuse and mounting say where FUSE cannot be used at all: there is no device or
+# no driver behind it, or it is not for us. Whatever else they say is a fault, to be told.
+_NO_DEVICE: Final = frozenset({errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM})
+_NO_FILESYSTEM: Final = frozenset({errno.ENODEV, errno.EPERM})
 
 _MOUNT_FLAGS: Final = libc.MS_RDONLY | libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
 
@@ -24,13 +32,19 @@ _OCTAL_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of the mount table. `device` is `major:minor`, one per mounted filesystem."""
+    """A line of the mount table.
+
+    Attributes:
+        device: `major:minor`, one per mounted filesystem.
+        super_options: the filesystem's own options, as against those of this mount.
+    """
 
     mount_id: int
     device: str
     mountpoint: str
     fs_type: str
     source: str
+    super_options: frozenset[str] = frozenset()
 
     @property
     def device_number(self) -> int:
@@ -54,16 +68,33 @@ def mount_table() -> list[Mount]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             before, _, after = line.partition(" - ")
-            fields, (fs_type, source, *_) = before.split(" "), after.rstrip("\n").split(" ")
+            fields, (fs_type, source, options) = before.split(" "), after.rstrip("\n").split(" ")
             mounts.append(
-                Mount(int(fields[0]), fields[2], _unescape(fields[4]), fs_type, _unescape(source))
+                Mount(
+                    int(fields[0]),
+                    fields[2],
+                    _unescape(fields[4]),
+                    fs_type,
+                    _unescape(source),
+                    frozenset(options.split(",")),
+                )
             )
     return mounts
 
 
+def is_ours(mount: Mount) -> bool:
+    """Whether kmsfs made a mount. A ramfs that somebody else made for it does not count."""
+    return mount.fs_type == FS_TYPE or is_ram_of_ours(mount)
+
+
+def is_ram_of_ours(mount: Mount) -> bool:
+    """Whether a mount is a ramfs or tmpfs that kmsfs made."""
+    return mount.fs_type in ("ramfs", "tmpfs") and mount.source.startswith(RAM_SOURCE_PREFIX)
+
+
 def kmsfs_mounts() -> list[Mount]:
     """All mounts of ours in this namespace."""
-    return [mount for mount in mount_table() if mount.fs_type == FS_TYPE]
+    return [mount for mount in mount_table() if is_ours(mount)]
 
 
 def find_mount(mountpoint: str) -> Mount | None:
@@ -94,7 +125,7 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def prepare(mountpoint: str) -> None:
-    """Make sure that something can be mounted here; unmount a dead mount of ours.
+    """Make sure that something can be mounted here; unmount a dead FUSE mount of ours.
 
     Raises:
         MountpointUnusable: missing, no directory, not empty, mounted on already.
@@ -131,12 +162,33 @@ def prepare(mountpoint: str) -> None:
         )
 
 
+def check_fuse() -> None:
+    """Find out whether FUSE can be used, before anything is changed.
+
+    Raises:
+        FuseUnavailable: it cannot.
+        MountFailed: opening /dev/fuse failed in another way.
+    """
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise FuseUnavailable("fusermount3 is not installed", hint="apt-get install fuse3")
+    os.close(_open_device())
+
+
+def _open_device() -> int:
+    try:
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        failed = FuseUnavailable if error.errno in _NO_DEVICE else MountFailed
+        raise failed(f"/dev/fuse: {error.strerror}") from error
+
+
 def mount_fuse(source: str, mountpoint: str, *, allow_other: bool) -> int:
     """Mount and return the descriptor of /dev/fuse that serves the mount.
 
     Root calls mount(2); others have fusermount3 do it.
 
     Raises:
+        FuseUnavailable: the kernel has no FUSE, or does not let us mount.
         MountFailed.
     """
     if os.geteuid() == 0:
@@ -174,6 +226,34 @@ def holders(mount: Mount) -> list[Holder]:
     return found
 
 
+def holders_of(paths: list[str]) -> list[Holder]:
+    """Processes that have a file open or mapped whose path ends in one of these."""
+    endings = tuple("/" + path for path in paths)
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            by = _holds_path(entry.path, endings)
+            if by is not None:
+                with contextlib.suppress(OSError), open(entry.path + "/comm") as file:
+                    found.append(Holder(int(entry.name), file.read().strip(), by))
+    return found
+
+
+def _holds_path(process: str, endings: tuple[str, ...]) -> str | None:
+    with contextlib.suppress(OSError):
+        for number in os.listdir(process + "/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"{process}/fd/{number}")
+                if target.endswith(endings):
+                    return f"with {target} open"
+    with contextlib.suppress(OSError), open(process + "/maps", errors="surrogateescape") as maps:
+        for line in maps:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5].endswith(endings):
+                return f"with {fields[5]} mapped"
+    return None
+
+
 def _held_by(process: str, mount: Mount) -> str | None:
     for link, what in (("cwd", "as its working directory"), ("root", "as its root directory")):
         with contextlib.suppress(OSError):
@@ -204,19 +284,15 @@ def _is_below(path: str, mountpoint: str) -> bool:
 
 
 def _mount_as_root(source: str, mountpoint: str, *, allow_other: bool) -> int:
-    try:
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise MountFailed(
-            f"/dev/fuse: {error.strerror}", hint="load the fuse module, or pass the device through"
-        ) from error
+    fd = _open_device()
     options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
     options += ",default_permissions" + (",allow_other" if allow_other else "")
     try:
         libc.mount(source, mountpoint, FS_TYPE, _MOUNT_FLAGS, options)
     except OSError as error:
         os.close(fd)
-        raise MountFailed(f"mounting at {mountpoint}: {error.strerror}") from error
+        failed = FuseUnavailable if error.errno in _NO_FILESYSTEM else MountFailed
+        raise failed(f"mounting FUSE at {mountpoint}: {error.strerror}") from error
     return fd
 
 
@@ -250,7 +326,7 @@ def _mount_as_user(source: str, mountpoint: str, *, allow_other: bool) -> int:
 def _run_fusermount(arguments: list[str], environment: dict[str, str]) -> int:
     program = shutil.which("fusermount3")
     if program is None:
-        raise MountFailed("fusermount3 is not installed", hint="apt-get install fuse3")
+        raise FuseUnavailable("fusermount3 is not installed", hint="apt-get install fuse3")
     pid = os.posix_spawn(
         program, [program, *arguments], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}
     )

@@ -61,7 +61,9 @@ class Daemon:
             raise self.error
         if isinstance(request, control.StatusRequest):
             return control.StatusAnswer(status=self.status)
-        return control.Done()
+        if isinstance(request, control.LockRequest):
+            return control.Locked(wiped=3)
+        return control.Unlocked()
 
     async def ask(self, request: control.Request) -> control.Answer:
         """What the commands do, in a thread."""
@@ -95,7 +97,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
                 yield daemon
                 if allowed is None:
                     daemon.error = None
-                    assert isinstance(await daemon.ask(control.LockRequest()), control.Done)
+                    assert isinstance(await daemon.ask(control.LockRequest()), control.Locked)
                 nursery.cancel_scope.cancel()
 
     return serving
@@ -106,8 +108,8 @@ async def test_each_request_has_its_answer_and_its_askers_uid(serve: Serve) -> N
     async with serve() as daemon:
         answer = await daemon.ask(control.StatusRequest())
         assert answer == control.StatusAnswer(status=STATUS)
-        assert await daemon.ask(control.LockRequest()) == control.Done()
-        assert await daemon.ask(control.UnlockRequest()) == control.Done()
+        assert await daemon.ask(control.LockRequest()) == control.Locked(wiped=3)
+        assert await daemon.ask(control.UnlockRequest()) == control.Unlocked()
         uid = os.geteuid()
         assert daemon.asked == [
             (control.StatusRequest(), uid),
@@ -163,7 +165,7 @@ async def test_an_answer_that_is_not_utf_8_ends_one_request(serve: Serve) -> Non
         b"nonsense\n",
         b"[" * 4000 + b"\n",
         b'{"type":"\xff"}\n',
-        b'{"type":"Done"}\n',
+        b'{"type":"Locked","wiped":1}\n',
         b'{"type":"LockRequest","more":1}\n',
         b'{"type":"LockRequest"}\n{"type":"LockRequest"}\n',
     ],
@@ -212,7 +214,7 @@ async def test_running_out_of_descriptors_is_outlived(
 
     monkeypatch.setattr(trio.SocketListener, "accept", accept_at_second_try)
     async with serve() as daemon:
-        assert await daemon.ask(control.UnlockRequest()) == control.Done()
+        assert await daemon.ask(control.UnlockRequest()) == control.Unlocked()
 
 
 def test_nobody_listening_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,65 @@
+"""Finding mounts of kmsfs, and the programs that hold on to what was in them."""
+
+import os
+
+from kmsfs.admin import control
+from kmsfs.cli import messages
+from kmsfs.errors import ControlUnavailable, MountpointUnusable
+from kmsfs.views import mountpoint as mounts
+
+_MAX_NAMED = 8
+
+
+def find(mountpoint: str) -> mounts.Mount:
+    """The mount of kmsfs at a path.
+
+    Raises:
+        MountpointUnusable: there is none.
+    """
+    path = mounts.resolve(mountpoint)
+    found = mounts.find_mount(path)
+    if found is None or not (mounts.is_ours(found) or _is_attended(found)):
+        raise MountpointUnusable(f"nothing of kmsfs is mounted at {path}")
+    return found
+
+
+def find_all() -> list[mounts.Mount]:
+    """Every filesystem that kmsfs mounted or fills, once."""
+    found = {
+        mount.device: mount
+        for mount in mounts.mount_table()
+        if mounts.is_ours(mount) or _is_attended(mount)
+    }
+    return list(found.values())
+
+
+def _is_attended(mount: mounts.Mount) -> bool:
+    """Whether a filesystem that others mounted is filled by a process of kmsfs."""
+    if mount.fs_type not in ("ramfs", "tmpfs"):
+        return False
+    try:
+        if not os.path.exists(control.socket_path(mount.device, os.geteuid())):
+            return False
+        control.connect(mount.device, os.geteuid()).close()
+    except ControlUnavailable:
+        return False
+    return True
+
+
+def warn_of_held(paths: dict[str, str]) -> None:
+    """Say which programs hold files that were taken away.
+
+    Args:
+        paths: where each lies now, relative to its filesystem, and the path it was served under.
+    """
+    if not paths:
+        return
+    holders = mounts.holders_of(list(paths))
+    for holder in holders[:_MAX_NAMED]:
+        messages.warning(f"{holder.name} (pid {holder.pid}) can still read it: {holder.by}")
+    if len(holders) > _MAX_NAMED:
+        messages.warning(f"{len(holders) - _MAX_NAMED} other programs can still read files")
+    if not holders:
+        names = ", ".join(list(paths.values())[:_MAX_NAMED])
+        messages.warning(f"somebody whom this user may not see can still read {names}")
+    messages.hint("each file is wiped as soon as nobody holds it")

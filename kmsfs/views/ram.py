@@ -1,0 +1,364 @@
+"""The ramfs view: the volume's files, all of them, copied into a real ramfs.
+
+It keeps the copy in step with the source: a new set of files is filled aside and published in
+one step. What lies where is `ram_tree`'s matter, what is shown `ram_plan`'s, how it gets there
+`ram_fill`'s; this one keeps time.
+"""
+
+import functools
+import hashlib
+import math
+import os
+from typing import Final
+
+import msgspec
+import trio
+
+from kmsfs.errors import KmsfsError, MountFailed
+from kmsfs.events import EventSink, Published, PublishHeldBack
+from kmsfs.memory.mapping import round_to_pages
+from kmsfs.settings import MountConfig
+from kmsfs.store import watch
+from kmsfs.store.volume import Volume
+from kmsfs.views import mountpoint as mounts
+from kmsfs.views import ram_mount, ram_plan
+from kmsfs.views.ram_fill import Filling
+from kmsfs.views.ram_plan import NextSet, Outcome, RamFile, Trouble, boot_clock_s
+from kmsfs.views.ram_tree import OPENING_S, RamTree
+from kmsfs.views.serving import HeldFile, Progress, Ready
+
+# A program that has found its way to the set before may open another file of it for so long.
+_LINGER_S: Final = 1.0
+
+# How often an old file is tried that somebody holds, at first and at last.
+_FIRST_WIPE_RETRY_S: Final = 0.25
+_MAX_WIPE_RETRY_S: Final = 5.0
+
+# Looked at once more so long after a change: one that came while a new directory was being
+# added to the watch may have been missed.
+_SETTLE_S: Final = 1.0
+
+# Between two refreshes that nothing but the time asks for.
+_MIN_PAUSE_S: Final = 0.1
+
+
+class _State(msgspec.Struct, frozen=True):
+    """What lies beside the files, for whoever takes them over."""
+
+    settings: str
+    files: dict[str, RamFile]
+    directories: tuple[str, ...]
+
+
+def _no_progress(_done: int, _total: int) -> None:
+    pass
+
+
+class RamView:
+    """Fills one ramfs and keeps it in step with the source.
+
+    Args:
+        mount_fd: a writable descriptor of the ramfs's root; the view's from now on.
+
+    Attributes:
+        shown: the files that programs see, by path.
+        stale: those of them that KMS could not be asked for again, with why not.
+        missing: files of the source that are not shown, with why not.
+        held: old files that cannot be wiped yet.
+        problem: why the last refresh was not made; empty otherwise.
+
+    Raises:
+        MountpointUnusable: see `RamTree`.
+        GuaranteeNotMet: see `ram_mount.verify`.
+    """
+
+    def __init__(
+        self, config: MountConfig, volume: Volume, events: EventSink, mount_fd: int
+    ) -> None:
+        self._config = config
+        self._volume = volume
+        self._events = events
+        self._mount_fd = mount_fd
+        ram_mount.verify(mount_fd, config.mountpoint, config.ram)
+        self._tree = RamTree(mount_fd)
+        self._visible = True
+        self._published = False
+        self._directories: tuple[str, ...] = ()
+        self._troubles: dict[str, Trouble] = {}
+        self._busy = trio.Lock()
+        self._wake = trio.Event()
+        self._stopped = trio.Event()
+        self._refreshed = trio.Event()
+        # Moments on trio's clock.
+        self._refresh_at = self._retire_at = self._wipe_at = math.inf
+        self._wipe_retry_s = _FIRST_WIPE_RETRY_S
+        self.shown: dict[str, RamFile] = {}
+        self.stale: dict[str, KmsfsError] = {}
+        self.missing: dict[str, KmsfsError] = {}
+        self.held: tuple[HeldFile, ...] = ()
+        self.problem = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """What the files shown take of memory."""
+        return sum(round_to_pages(file.size_bytes) for file in self.shown.values())
+
+    @property
+    def is_swappable(self) -> bool:
+        """Whether the kernel may write the files to swap."""
+        return ram_mount.is_swappable(self._mount_fd)
+
+    # --- what the composition root calls -------------------------------------------------------
+
+    async def serve(self, ready: Ready, progress: Progress) -> None:
+        """Fill, and keep in step until `stop` is called; with `once`, fill only."""
+        missing = await self._fill(progress)
+        try:
+            await ready(missing)
+        except KmsfsError:
+            await self.empty()
+            raise
+        if self._config.once:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_in_step)
+            await self._stopped.wait()
+            nursery.cancel_scope.cancel()
+
+    async def after_lock(self) -> tuple[HeldFile, ...]:
+        """Take every file away, and wipe those that nobody holds."""
+        return await self.empty()
+
+    async def after_unlock(self) -> dict[str, KmsfsError]:
+        """Fill the ramfs again.
+
+        Cancellation: it is filled all the same.
+        """
+        refreshed = self._refreshed
+        self._refresh_at = 0.0
+        self._wake_up()
+        await refreshed.wait()
+        return self.missing
+
+    async def detach(self) -> None:
+        """Unmounted: nobody new can see the files, so they are taken away, and that is all."""
+        self._visible = False
+        await self.empty()
+
+    def stop(self) -> None:
+        """Have `serve` return; the files stay as they are."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Let another process fill the ramfs; the files stay as they are."""
+        self._tree.close()
+        os.close(self._mount_fd)
+
+    # --- in step with the source ---------------------------------------------------------------
+
+    async def _fill(self, progress: Progress) -> dict[str, KmsfsError]:
+        """Take over what a killed process left, then refresh.
+
+        Returns, Raises: see `refresh`.
+        """
+        await trio.to_thread.run_sync(self._take_over)
+        self._wipe_soon()
+        return await self.refresh(progress)
+
+    async def _keep_in_step(self) -> None:
+        """Follow the source, ask again when a file's time is over, wipe old files.
+
+        Until cancelled.
+        """
+        self._refresh_at = trio.current_time() + _SETTLE_S
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_source)
+            while True:
+                wake = self._wake
+                with trio.move_on_at(min(self._refresh_at, self._retire_at, self._wipe_at)):
+                    await wake.wait()
+                await self._do_what_is_due(trio.current_time())
+
+    async def refresh(self, progress: Progress = _no_progress) -> dict[str, KmsfsError]:
+        """Bring the ramfs in step with the source now; not while locked or unmounted.
+
+        Returns: the files that are not there, with why not.
+        Raises:
+            GuaranteeNotMet: the filesystem is not what it must be.
+            MountFailed: it cannot be written.
+        Cancellation: the set shown stays.
+        """
+        async with self._busy:
+            if not self._may_fill():
+                return {}
+            ram_mount.verify(self._mount_fd, self._config.mountpoint, self._config.ram)
+            ram_mount.verify_visible(self._mount_fd, self._config.mountpoint)
+            cache = self._config.cache
+            survey = await self._volume.survey()
+            decided = ram_plan.plan(survey, self.shown, self._troubles, cache, boot_clock_s())
+            filling = Filling(self._volume, self._tree, cache, decided, self.shown)
+            try:
+                outcomes = await filling.decrypt(progress)
+                if not self._may_fill():
+                    return {}
+                self._note_troubles(filling, outcomes, {file.path for file in survey.files})
+                for path, error in decided.known.items():
+                    self._volume.cache.note_failure(path, error)
+                following = ram_plan.settle(
+                    survey, decided, outcomes, self.shown, cache=cache, now=boot_clock_s()
+                )
+                await self._show(filling, following)
+                self.missing = following.failed
+                return following.failed
+            except OSError as error:
+                raise MountFailed(f"filling the ramfs: {error.strerror}") from error
+            finally:
+                if await filling.discard():
+                    self._wipe_soon()
+
+    def _may_fill(self) -> bool:
+        return self._visible and not self._volume.cache.locked
+
+    async def _watch_source(self) -> None:
+        source = self._volume.source
+        async for _ in watch.changes(source.root, has_inotify=source.is_local):
+            self._refresh_at = 0.0
+            self._wake_up()
+
+    async def _do_what_is_due(self, now: float) -> None:
+        if self._retire_at <= now:
+            self._retire_at = math.inf
+            async with self._busy:
+                await trio.to_thread.run_sync(self._tree.retire)
+            self._wipe_soon()
+        if self._wipe_at <= now:
+            await self._wipe_old()
+        if self._refresh_at <= now:
+            changed = self._refresh_at == 0.0
+            self._refresh_at = trio.current_time() + _SETTLE_S if changed else math.inf
+            try:
+                await self.refresh()
+            except KmsfsError as error:
+                self._note_problem(error)
+            self._refreshed.set()
+            self._refreshed = trio.Event()
+            due_s = ram_plan.next_due_s(self.shown, self._troubles, self._config.cache)
+            pause_s = max(_MIN_PAUSE_S, due_s - boot_clock_s())
+            self._refresh_at = min(self._refresh_at, trio.current_time() + pause_s)
+
+    def _note_problem(self, error: KmsfsError) -> None:
+        if error.detail != self.problem:
+            self.problem = error.detail
+            self._events.emit(PublishHeldBack(error.detail))
+
+    def _note_troubles(
+        self, filling: Filling, outcomes: dict[str, Outcome], in_source: set[str]
+    ) -> None:
+        now = boot_clock_s()
+        for path, outcome in outcomes.items():
+            before = self._troubles.pop(path, None)
+            if isinstance(outcome, KmsfsError):
+                file = filling.asked[path]
+                self._troubles[path] = Trouble.after(before, file, outcome, now)
+        for path in self._troubles.keys() - in_source:
+            del self._troubles[path]
+
+    async def _show(self, filling: Filling, following: NextSet) -> None:
+        was = self.shown
+        same = (
+            self._published
+            and not following.fresh
+            and following.files.keys() == was.keys()
+            and following.directories == self._directories
+        )
+        if not same:
+            state = _State(self._settings_digest, following.files, following.directories)
+            await filling.publish(following, msgspec.json.encode(state))
+            self._published = True
+            self._retire_at = trio.current_time() + _LINGER_S
+            self._wake_up()
+        self.shown, self._directories = following.files, following.directories
+        self.stale = following.stale
+        self.problem = ""
+        if not same:
+            self._events.emit(
+                Published(
+                    files=len(self.shown),
+                    size_bytes=self.size_bytes,
+                    added=len(self.shown.keys() - was.keys()),
+                    changed=len(following.fresh & was.keys()),
+                    removed=len(was.keys() - self.shown.keys()),
+                    failed=len(following.failed),
+                )
+            )
+
+    # --- taking over ---------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Keep a killed process's files, if this one would have made the same; else none.
+
+        Only on a mount of ours: into any other, somebody else could have put them.
+        """
+        mount = mounts.find_mount(self._config.mountpoint)
+        if mount is not None and mounts.is_ours(mount):
+            state = self._state_left()
+            if state is not None:
+                self.shown, self._directories = state.files, state.directories
+                self._published = True
+        self._tree.retire()
+
+    def _state_left(self) -> _State | None:
+        raw = self._tree.read_state()
+        if raw is None:
+            return None
+        try:
+            state = msgspec.json.decode(raw, type=_State)
+        except msgspec.DecodeError:
+            return None
+        return state if state.settings == self._settings_digest else None
+
+    @functools.cached_property
+    def _settings_digest(self) -> str:
+        """Of all that decides which plaintexts are shown, and how."""
+        settings = msgspec.structs.replace(
+            self._config, view_reason="", require_all=False, once=False
+        )
+        return hashlib.blake2b(msgspec.json.encode(settings), digest_size=16).hexdigest()
+
+    # --- taking away ---------------------------------------------------------------------------
+
+    async def empty(self) -> tuple[HeldFile, ...]:
+        """Take every file away, and wipe those that nobody holds.
+
+        Returns: those that somebody does.
+        """
+        async with self._busy:
+            await trio.to_thread.run_sync(self._tree.empty)
+            self.shown, self._directories, self.stale = {}, (), {}
+            self._troubles.clear()
+            self._published = False
+            self._retire_at = math.inf
+        # Whoever was just opening a file has it then, or has no file.
+        await trio.sleep(OPENING_S)
+        await self._wipe_old()
+        return self.held
+
+    def _wipe_soon(self) -> None:
+        self._wipe_at = trio.current_time() + OPENING_S
+        self._wipe_retry_s = _FIRST_WIPE_RETRY_S
+        self._wake_up()
+
+    async def _wipe_old(self) -> None:
+        async with self._busy:
+            self.held = tuple(await trio.to_thread.run_sync(self._tree.wipe_old))
+        self._wipe_at = math.inf
+        if self.held:
+            self._wipe_at = trio.current_time() + self._wipe_retry_s
+            self._wipe_retry_s = min(2 * self._wipe_retry_s, _MAX_WIPE_RETRY_S)
+        elif not self._visible:
+            # There is nothing left to do, and nobody left to do it for.
+            self.stop()
+
+    def _wake_up(self) -> None:
+        self._wake.set()
+        self._wake = trio.Event()

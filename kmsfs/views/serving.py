@@ -1,0 +1,55 @@
+"""What the daemon and either view say to each other."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kmsfs.errors import KmsfsError
+
+Ready = Callable[[dict[str, KmsfsError]], Awaitable[None]]
+"""Awaited once, when programs can read; given the files that they cannot, with why not.
+
+Raises KmsfsError where that is not to be borne.
+"""
+
+Progress = Callable[[int, int], None]
+"""Told before that after each file: how many are done, and of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldFile:
+    """A plaintext that was taken away and cannot be wiped, since a program holds it.
+
+    Attributes:
+        path: the path it was served under.
+        old_path: where it lies now, relative to the root of its filesystem.
+    """
+
+    path: str
+    old_path: str
+
+
+class View(Protocol):
+    """One way to serve a volume, as the daemon that composes it sees it."""
+
+    async def serve(self, ready: Ready, progress: Progress) -> None:
+        """Serve until the mount is gone or `stop` is called.
+
+        Raises:
+            KmsfsError: it cannot be served; also what `ready` raised.
+        """
+
+    async def after_lock(self) -> tuple[HeldFile, ...]:
+        """Take away what programs could still read; the volume is locked already."""
+
+    async def after_unlock(self) -> dict[str, KmsfsError]:
+        """Give it back; returns the files that cannot be, with why not."""
+
+    async def detach(self) -> None:
+        """The mount is gone from the tree; programs may still use it."""
+
+    def stop(self) -> None:
+        """Have `serve` return."""
+
+    def close(self) -> None:
+        """Give everything back that is not plaintext; what programs see stays as it is."""
