@@ -6,7 +6,7 @@ surveyed every second. Either way a change is noticed well within two seconds.
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -20,28 +20,52 @@ _POLL_S: Final = 1.0
 log = logging.getLogger(__name__)
 
 
-async def changes(root: str, *, has_inotify: bool) -> AsyncIterator[None]:
-    """Yield whenever something below `root` may have changed, until cancelled.
+async def follow(root: str, *, has_inotify: bool, changed: Callable[[], None]) -> None:
+    """Call `changed` whenever something below `root` may have changed, until cancelled.
 
     Args:
         has_inotify: whether the kernel reports every change; false on network filesystems.
-    Cancellation: the watching thread ends within a tenth of a second.
+    Cancellation: the watching thread has ended, within a tenth of a second.
     """
     if has_inotify:
-        # Imported where it is used: the FUSE view watches nothing.
-        from watchfiles import awatch
-
-        # Names of files belong in no log line of ours that we did not escape.
-        logging.getLogger("watchfiles").setLevel(logging.WARNING)
         try:
-            watching = awatch(
-                root, watch_filter=None, debounce=_DEBOUNCE_MS, step=_STEP_MS, recursive=True
-            )
-            async with contextlib.aclosing(watching) as batches:
-                async for _ in batches:
-                    yield
+            await _follow_by_inotify(root, changed)
         except (OSError, RuntimeError) as error:
-            log.warning("the source is polled: inotify cannot watch it (%s)", type(error).__name__)
+            # The class name only: the text names files, which may hold anything.
+            name = type(error).__name__
+            log.warning("inotify cannot watch the source (%s): it is polled", name)
     while True:
         await trio.sleep(_POLL_S)
-        yield
+        changed()
+
+
+async def _follow_by_inotify(root: str, changed: Callable[[], None]) -> None:
+    # Imported where it is used: the FUSE view watches nothing.
+    from watchfiles import awatch
+
+    # At lower levels it logs the names of files as they are.
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    stop = trio.Event()
+    failure: OSError | RuntimeError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_set_when_cancelled, stop)
+        watching = awatch(
+            root, watch_filter=None, debounce=_DEBOUNCE_MS, step=_STEP_MS, stop_event=stop
+        )
+        try:
+            async with contextlib.aclosing(watching):
+                async for _ in watching:
+                    changed()
+        except (OSError, RuntimeError) as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _set_when_cancelled(stop: trio.Event) -> None:
+    """The watching thread does not see a cancellation, only this."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        stop.set()

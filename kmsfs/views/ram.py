@@ -38,6 +38,9 @@ _MAX_WIPE_RETRY_S: Final = 5.0
 # added to the watch may have been missed.
 _SETTLE_S: Final = 1.0
 
+# Made in a row while the source changes under them; the next refresh tries again.
+_MAX_ATTEMPTS: Final = 5
+
 # Between two refreshes that nothing but the time asks for.
 _MIN_PAUSE_S: Final = 0.1
 
@@ -48,6 +51,10 @@ class _State(msgspec.Struct, frozen=True):
     settings: str
     files: dict[str, RamFile]
     directories: tuple[str, ...]
+
+
+def _memory_of(files: dict[str, RamFile]) -> int:
+    return sum(round_to_pages(file.size_bytes) for file in files.values())
 
 
 def _no_progress(_done: int, _total: int) -> None:
@@ -101,7 +108,7 @@ class RamView:
     @property
     def size_bytes(self) -> int:
         """What the files shown take of memory."""
-        return sum(round_to_pages(file.size_bytes) for file in self.shown.values())
+        return _memory_of(self.shown)
 
     @property
     def is_swappable(self) -> bool:
@@ -135,8 +142,7 @@ class RamView:
         Cancellation: it is filled all the same.
         """
         refreshed = self._refreshed
-        self._refresh_at = 0.0
-        self._wake_up()
+        self._source_changed()
         await refreshed.wait()
         return self.missing
 
@@ -189,41 +195,62 @@ class RamView:
         Cancellation: the set shown stays.
         """
         async with self._busy:
-            if not self._may_fill():
-                return {}
-            ram_mount.verify(self._mount_fd, self._config.mountpoint, self._config.ram)
-            ram_mount.verify_visible(self._mount_fd, self._config.mountpoint)
-            cache = self._config.cache
-            survey = await self._volume.survey()
-            decided = ram_plan.plan(survey, self.shown, self._troubles, cache, boot_clock_s())
-            filling = Filling(self._volume, self._tree, cache, decided, self.shown)
-            try:
-                outcomes = await filling.decrypt(progress)
+            for attempt in range(_MAX_ATTEMPTS):
                 if not self._may_fill():
                     return {}
-                self._note_troubles(filling, outcomes, {file.path for file in survey.files})
-                for path, error in decided.known.items():
-                    self._volume.cache.note_failure(path, error)
-                following = ram_plan.settle(
-                    survey, decided, outcomes, self.shown, cache=cache, now=boot_clock_s()
-                )
-                await self._show(filling, following)
-                self.missing = following.failed
-                return following.failed
-            except OSError as error:
-                raise MountFailed(f"filling the ramfs: {error.strerror}") from error
-            finally:
-                if await filling.discard():
-                    self._wipe_soon()
+                ram_mount.verify(self._mount_fd, self._config.mountpoint, self._config.ram)
+                ram_mount.verify_visible(self._mount_fd, self._config.mountpoint)
+                last = attempt == _MAX_ATTEMPTS - 1
+                if await self._fill_once(progress, last=last):
+                    return self.missing
+        return self.missing
+
+    async def _fill_once(self, progress: Progress, *, last: bool) -> bool:
+        """Decrypt and publish one set; False if the source changed meanwhile.
+
+        A set that nobody ever put there (a certificate from before a change, its key from after
+        it) is not published, even if it is the `last` attempt, but for the first of all.
+        """
+        cache = self._config.cache
+        survey = await self._volume.survey()
+        decided = ram_plan.plan(survey, self.shown, self._troubles, cache, boot_clock_s())
+        filling = Filling(self._volume, self._tree, cache, decided, self.shown)
+        try:
+            outcomes = await filling.decrypt(progress)
+            if not self._may_fill():
+                return True
+            self._note_troubles(filling, outcomes, {file.path for file in survey.files})
+            for path, error in decided.known.items():
+                self._volume.cache.note_failure(path, error)
+            following = ram_plan.settle(
+                survey, decided, outcomes, self.shown, cache=cache, now=boot_clock_s()
+            )
+            if not self._shows(following):
+                moved = not ram_plan.is_same_source(survey, await self._volume.survey())
+                if moved and (self._published or not last):
+                    if last:
+                        self._note_problem("the source keeps changing")
+                    return False
+                await self._publish(filling, following)
+            self.shown, self._directories = following.files, following.directories
+            self.stale, self.missing, self.problem = following.stale, following.failed, ""
+            return True
+        except OSError as error:
+            raise MountFailed(f"filling the ramfs: {error.strerror}") from error
+        finally:
+            if await filling.discard():
+                self._wipe_soon()
 
     def _may_fill(self) -> bool:
         return self._visible and not self._volume.cache.locked
 
     async def _watch_source(self) -> None:
         source = self._volume.source
-        async for _ in watch.changes(source.root, has_inotify=source.is_local):
-            self._refresh_at = 0.0
-            self._wake_up()
+        await watch.follow(source.root, has_inotify=source.is_local, changed=self._source_changed)
+
+    def _source_changed(self) -> None:
+        self._refresh_at = 0.0
+        self._wake_up()
 
     async def _do_what_is_due(self, now: float) -> None:
         if self._retire_at <= now:
@@ -239,17 +266,17 @@ class RamView:
             try:
                 await self.refresh()
             except KmsfsError as error:
-                self._note_problem(error)
+                self._note_problem(error.detail)
             self._refreshed.set()
             self._refreshed = trio.Event()
             due_s = ram_plan.next_due_s(self.shown, self._troubles, self._config.cache)
             pause_s = max(_MIN_PAUSE_S, due_s - boot_clock_s())
             self._refresh_at = min(self._refresh_at, trio.current_time() + pause_s)
 
-    def _note_problem(self, error: KmsfsError) -> None:
-        if error.detail != self.problem:
-            self.problem = error.detail
-            self._events.emit(PublishHeldBack(error.detail))
+    def _note_problem(self, problem: str) -> None:
+        if problem != self.problem:
+            self.problem = problem
+            self._events.emit(PublishHeldBack(problem))
 
     def _note_troubles(
         self, filling: Filling, outcomes: dict[str, Outcome], in_source: set[str]
@@ -263,34 +290,32 @@ class RamView:
         for path in self._troubles.keys() - in_source:
             del self._troubles[path]
 
-    async def _show(self, filling: Filling, following: NextSet) -> None:
-        was = self.shown
-        same = (
+    def _shows(self, following: NextSet) -> bool:
+        """Whether these are the files that programs see already."""
+        return (
             self._published
             and not following.fresh
-            and following.files.keys() == was.keys()
+            and following.files.keys() == self.shown.keys()
             and following.directories == self._directories
         )
-        if not same:
-            state = _State(self._settings_digest, following.files, following.directories)
-            await filling.publish(following, msgspec.json.encode(state))
-            self._published = True
-            self._retire_at = trio.current_time() + _LINGER_S
-            self._wake_up()
-        self.shown, self._directories = following.files, following.directories
-        self.stale = following.stale
-        self.problem = ""
-        if not same:
-            self._events.emit(
-                Published(
-                    files=len(self.shown),
-                    size_bytes=self.size_bytes,
-                    added=len(self.shown.keys() - was.keys()),
-                    changed=len(following.fresh & was.keys()),
-                    removed=len(was.keys() - self.shown.keys()),
-                    failed=len(following.failed),
-                )
+
+    async def _publish(self, filling: Filling, following: NextSet) -> None:
+        was = self.shown
+        state = _State(self._settings_digest, following.files, following.directories)
+        await filling.publish(following, msgspec.json.encode(state))
+        self._published = True
+        self._retire_at = trio.current_time() + _LINGER_S
+        self._wake_up()
+        self._events.emit(
+            Published(
+                files=len(following.files),
+                size_bytes=_memory_of(following.files),
+                added=len(following.files.keys() - was.keys()),
+                changed=len(following.fresh & was.keys()),
+                removed=len(was.keys() - following.files.keys()),
+                failed=len(following.failed),
             )
+        )
 
     # --- taking over ---------------------------------------------------------------------------
 

@@ -216,6 +216,13 @@ def settle(
     )
 
 
+def is_same_source(one: Survey, other: Survey) -> bool:
+    """Whether nothing changed between two surveys."""
+    return [(file.path, file.source_path, file.version) for file in one.files] == [
+        (file.path, file.source_path, file.version) for file in other.files
+    ] and one.directories == other.directories
+
+
 def next_due_s(
     files: Mapping[str, RamFile], troubles: Mapping[str, Trouble], cache: CacheSettings
 ) -> float:

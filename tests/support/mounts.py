@@ -75,7 +75,7 @@ class MountedVolume:
     def mount(self) -> mounts.Mount | None:
         """The mount table's line; None once unmounted."""
         found = mounts.find_mount(str(self.path))
-        return found if found is not None and found.fs_type == mounts.FS_TYPE else None
+        return found if found is not None and mounts.is_ours(found) else None
 
     @property
     def launcher_pid(self) -> int:
