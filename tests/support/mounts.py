@@ -61,8 +61,9 @@ class MountedVolume:
 
     def status(self) -> dict[str, Any]:
         """What `kmsfs status --json` shows, asked without starting a process."""
-        assert self.mount is not None
-        answer = control.call(self.mount.device, os.geteuid(), control.StatusRequest())
+        mount = mounts.find_mount(str(self.path))
+        assert mount is not None
+        answer = control.call(mount.device, os.geteuid(), control.StatusRequest())
         assert isinstance(answer, control.StatusAnswer)
         found: dict[str, Any] = json.loads(msgspec.json.encode(answer.status))
         return found
