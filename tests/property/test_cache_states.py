@@ -28,7 +28,7 @@ from kmsfs.errors import (
 )
 from kmsfs.formats.detect import Format
 from kmsfs.libc import PAGE_BYTES
-from kmsfs.memory.arena import Arena
+from kmsfs.memory.arena import Arena, Slot
 from kmsfs.memory.mapping import LockedMapping, round_to_pages
 from kmsfs.settings import CacheSettings
 from kmsfs.store.cache import CachedFile, PlaintextCache
@@ -95,6 +95,7 @@ class Decryption:
     file: SourceFile
     answered: trio.Event = field(default_factory=trio.Event)
     outcome: str = ""
+    slot: Slot | None = None
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -166,13 +167,15 @@ class CacheMachine(RuleBasedStateMachine):
             raise ERRORS[call.outcome]("as the test wants it")
         content = content_of_version(path, version)
         try:
-            slot = adopt(self.arena, content)
+            slot = call.slot = adopt(self.arena, content)
         except LockedMemoryExhausted:
             held = sum(
                 round_to_pages(entry.size_bytes)
                 for entry in self.cache.held()
                 if entry.leases and entry.size_bytes
             )
+            # Others may have their memory already, and be on the way into the cache.
+            held += sum(other.slot.mapped_bytes for other in self.under_way if other.slot)
             assert held + round_to_pages(len(content)) > self.arena.budget_bytes
             raise
         if not self.detached:
