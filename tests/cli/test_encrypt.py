@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,18 @@ def test_process_that_holds_plaintext_is_locked_in_memory_and_dumps_no_core(
     assert core.split()[4:6] == ["0", "0"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What is started now can be interrupted, even if SIGINT is ignored here.
+
+    A shell ignores it for what it starts in the background, and children inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_leaves_no_output(kmsfs: Commands, volume: Path, number: signal.Signals) -> None:
     process = reading_command(kmsfs, volume)
