@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from kmsfs.errors import InputUnreadable
+from kmsfs.errors import InputUnreadable, UsageInvalid
 
 STANDARD_INPUT: Final = "-"
 
@@ -36,6 +36,18 @@ def read_input(name: str, *, max_bytes: int) -> bytes:
 def absolute(name: str) -> Path:
     """The path of a file named on the command line; the working directory is still there."""
     return Path(os.path.abspath(name))
+
+
+def check_utf8(text: str, what: str, *, hint: str | None = None) -> None:
+    """Refuse a text from the command line that neither KMS nor a configuration can take.
+
+    Raises:
+        UsageInvalid: not UTF-8; `what` names it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageInvalid(f"the {what} {os.fsencode(text)!r} is not UTF-8", hint=hint) from None
 
 
 def _read_all(fd: int, max_bytes: int, what: str) -> bytes:

@@ -9,6 +9,7 @@ from kmsfs.config import KmsTable
 from kmsfs.errors import UsageInvalid
 from kmsfs.keys import loggers
 from kmsfs.keys.service import KeyService
+from kmsfs.manage.input import check_utf8
 from kmsfs.manage.place import VolumeHere
 from kmsfs.settings import KmsSettings
 
@@ -35,10 +36,17 @@ def settings_for(volume: VolumeHere | None, options: KeyOptions) -> KmsSettings:
     decrypted under the key it names.
 
     Raises:
-        UsageInvalid: any key, and certain ones.
+        UsageInvalid: any key, and certain ones; a value that is not UTF-8.
     """
     if options.any_key and options.key_ids:
         raise UsageInvalid("--any-key and --key-id contradict each other")
+    for text in (
+        *options.key_ids,
+        *options.encryption_context,
+        *options.encryption_context.values(),
+        *(options.profile or "", options.region or "", options.endpoint_url or ""),
+    ):
+        check_utf8(text, "value")
     table = volume.file.kms if volume is not None else KmsTable()
     return KmsSettings(
         key_ids=() if options.any_key else options.key_ids or table.key_ids,

@@ -3,6 +3,8 @@
 import grp
 import os
 import pwd
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -11,6 +13,7 @@ import msgspec
 
 from kmsfs.config import RuleTable, VolumeFile, cache_settings, parse_mode
 from kmsfs.errors import ConfigInvalid, InputUnreadable, MountpointUnusable, UsageInvalid
+from kmsfs.manage.input import check_utf8
 from kmsfs.manage.keys import KeyOptions, settings_for
 from kmsfs.manage.place import volume_above
 from kmsfs.settings import (
@@ -38,6 +41,10 @@ _RAM_KINDS: Final[tuple[RamKind, ...]] = ("ramfs", "tmpfs")
 
 
 Name = TypeVar("Name", bound=str)
+
+_ID: Final = re.compile(r"[0-9]{1,10}")
+# The number above it, -1 to the kernel, means nobody.
+_MAX_ID: Final = 0xFFFF_FFFE
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +116,11 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         UsageInvalid: impossible options, or no key.
     """
     source_path = os.path.realpath(source)
-    if not os.path.isdir(source_path):
-        raise InputUnreadable(f"{source} is not a directory")
     mountpoint_path = resolve(mountpoint)
     for path in (source_path, mountpoint_path):
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise UsageInvalid(
-                f"the path {os.fsencode(path)!r} is not UTF-8", hint="rename it, or mount elsewhere"
-            ) from None
+        check_utf8(path, "path", hint="rename it, or mount elsewhere")
+    if not os.path.isdir(source_path):
+        raise InputUnreadable(f"{source} is not a directory")
     _check_apart(source_path, mountpoint_path)
     volume = volume_above(Path(source_path))
     file = volume.file if volume is not None else VolumeFile()
@@ -175,21 +177,24 @@ def _resolved(rule: RuleTable) -> OwnershipRule:
 
 
 def _uid(name: str) -> int:
-    if name.isdigit():
-        return int(name)
-    try:
-        return pwd.getpwnam(name).pw_uid
-    except KeyError:
-        raise ConfigInvalid(f"there is no user {name!r} on this machine") from None
+    return _number(name, "user", lambda: pwd.getpwnam(name).pw_uid)
 
 
 def _gid(name: str) -> int:
-    if name.isdigit():
-        return int(name)
+    return _number(name, "group", lambda: grp.getgrnam(name).gr_gid)
+
+
+def _number(name: str, what: str, look_up: Callable[[], int]) -> int:
+    """The number written in place of a name, or the one that the name has on this machine."""
+    if _ID.fullmatch(name):
+        number = int(name)
+        if number > _MAX_ID:
+            raise ConfigInvalid(f"{name} is no {what}'s number: {_MAX_ID} is the highest")
+        return number
     try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise ConfigInvalid(f"there is no group {name!r} on this machine") from None
+        return look_up()
+    except (KeyError, ValueError):
+        raise ConfigInvalid(f"there is no {what} {name!r} on this machine") from None
 
 
 def _checked_cache(file: VolumeFile) -> CacheSettings:

@@ -18,6 +18,7 @@ from kmsfs.formats.binding import is_bound
 from kmsfs.formats.detect import DETECT_PREFIX_BYTES, Format, detect, served_name
 from kmsfs.formats.esdk_header import read_header
 from kmsfs.keys.service import KeyService
+from kmsfs.manage.input import check_utf8
 from kmsfs.manage.output import check_output, write_file
 
 _VOLUME_FILE_MODE: Final = 0o644
@@ -74,7 +75,7 @@ def init_volume(
         replace: whether a kmsfs.toml that is there already is replaced.
 
     Raises:
-        UsageInvalid: not a name.
+        UsageInvalid: not a name; a pattern that is not UTF-8.
         InputUnreadable: no such directory.
         OutputExists, OutputUnwritable: see `write_file`.
         KmsfsError: as `KeyService.resolve_key_arn`.
@@ -88,6 +89,8 @@ def init_volume(
             f"{name!r} is not a volume's name",
             hint="letters, digits, dot, dash and underscore, 64 at most",
         )
+    for pattern in unbound:
+        check_utf8(pattern, "pattern")
     check_output(path, replace=replace)
     key_arns = tuple(dict.fromkeys(keys.resolve_key_arn(key_id) for key_id in key_ids))
     found: list[str] = []

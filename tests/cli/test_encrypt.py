@@ -324,6 +324,15 @@ def test_name_that_is_not_utf_8_is_refused(kmsfs: Commands, volume: Path) -> Non
     assert leftovers(volume) == {name}
 
 
+def test_pair_that_is_not_utf_8_is_refused(kmsfs: Commands, volume: Path, plain: Path) -> None:
+    pair = os.fsdecode(b"team=caf\xe9")
+    done = kmsfs("encrypt", plain, "--encryption-context", pair)
+    assert (done.status, done.lines) == (
+        2,
+        [f"kmsfs: error: {plain}: the value b'caf\\xe9' is not UTF-8"],
+    )
+
+
 def test_untrusted_configuration_is_not_honoured(
     kmsfs: Commands, volume: Path, plain: Path
 ) -> None:

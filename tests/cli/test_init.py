@@ -1,6 +1,7 @@
 """`kmsfs init`: a directory becomes a volume."""
 
 import base64
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ def test_key_must_be_named(kmsfs: Commands, directory: Path) -> None:
         "kmsfs: error: a volume needs a key",
         "kmsfs: hint: name it with --key-id",
     ]
+
+
+def test_pattern_that_is_not_utf_8_is_refused(kmsfs: Commands, directory: Path, key: str) -> None:
+    done = kmsfs("init", directory, "--key-id", key, "--unbound", os.fsdecode(b"caf\xe9"))
+    assert done.status == 2
+    assert done.lines == ["kmsfs: error: the pattern b'caf\\xe9' is not UTF-8"]
+    assert list(directory.iterdir()) == []
 
 
 def test_directory_that_others_can_write_is_warned_of(
