@@ -5,6 +5,7 @@ from typing import Final
 
 from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem, RamStatus
 from kmsfs.decryptor.client import DecryptorClient
+from kmsfs.errors import CiphertextInvalid, KmsfsError, NameConflict, NotBound
 from kmsfs.memory.process import ProcessReport, report
 from kmsfs.settings import MountConfig
 from kmsfs.store.source import SourceFile
@@ -74,21 +75,17 @@ def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> list[NamedProblem
     problems = []
     for file in files:
         failure = failures.get(file.path)
+        error: KmsfsError | None = None
         if file.rivals:
-            rivals = ", ".join((file.source_path, *file.rivals))
-            problems.append(
-                NamedProblem(path=file.path, reason=f"NameConflict: claimed by {rivals}")
-            )
+            error = NameConflict(f"claimed by {', '.join((file.source_path, *file.rivals))}")
         elif file.problem:
-            problems.append(
-                NamedProblem(path=file.path, reason=f"CiphertextInvalid: {file.problem}")
-            )
+            error = CiphertextInvalid(file.problem)
         elif not file.bound and not volume.may_be_unbound(file):
+            error = NotBound("it is not bound to its place, and binding is required")
+        if error is not None:
             problems.append(
                 NamedProblem(
-                    path=file.path,
-                    reason="NotBound: it is not bound to its place, and binding is required",
-                    hint="encrypt it with `kmsfs encrypt`, or name it under unbound",
+                    path=file.path, reason=f"{error.code}: {error.detail}", hint=error.hint
                 )
             )
         elif failure is not None:
@@ -133,5 +130,5 @@ def _weaknesses(
     if ram is not None and ram.problem:
         weaknesses.append(f"the files are not kept in step with the source: {ram.problem}")
     if config.kms.any_key:
-        weaknesses.append("any key is accepted for bare blobs")
+        weaknesses.append("any key is accepted")
     return weaknesses

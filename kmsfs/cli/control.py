@@ -119,7 +119,8 @@ def _as_text(record: "MountStatus") -> str:
         lines[-1:] = _ram_lines(record.ram)
     lines += [
         f"    {entry.path}: {entry.size_bytes} bytes, {entry.age_s:.0f} s old"
-        + (f", open {entry.open_by} times" if entry.open_by else "")
+        + (", open" if entry.open_by else "")
+        + (f" {entry.open_by} times" if entry.open_by > 1 else "")
         for entry in record.cached
     ]
     lines.append(f"  ignored  {_files(record.ignored_count)}")
