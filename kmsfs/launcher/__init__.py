@@ -7,8 +7,11 @@ descriptors meant for it.
 
 import contextlib
 import os
+import signal
+import sys
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import BinaryIO, Final, NoReturn
 
 import msgspec
 
@@ -23,6 +26,8 @@ __all__ = ["Told", "launch", "take_away_ram"]
 
 _Said = Told | wire.DaemonReady | wire.DaemonFailed
 
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
+
 
 def launch(
     make_config: Callable[[], MountConfig], *, foreground: bool, tell: Callable[[Told], None]
@@ -30,7 +35,8 @@ def launch(
     """Mount and serve.
 
     In the background this returns, in the calling process, once the mount is ready; in the
-    foreground it returns when the mount is gone. Must be called from a single-threaded process.
+    foreground it returns when the mount is gone. Interrupted or terminated before, it leaves
+    nothing mounted. Must be called from a single-threaded process.
 
     Args:
         make_config: yields the configuration; called in the launcher.
@@ -47,23 +53,48 @@ def launch(
         launcher.start()
         return launcher.run()
     read_end, write_end = os.pipe()
+    signal.signal(signal.SIGTERM, _end)
+    # Held back over the fork: what a handler raises in one of its hooks would be swallowed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     pid = os.fork()
     if pid == 0:
         os.close(read_end)
         _be_background_launcher(make_config, write_end)
     os.close(write_end)
     with open(read_end, "rb") as pipe:
-        for line in pipe:
-            message = msgspec.json.decode(line, type=_Said)
-            match message:
-                case wire.DaemonReady():
-                    return ExitCode.DONE
-                case wire.DaemonFailed():
-                    os.waitpid(pid, 0)
-                    raise from_code(message.code, message.detail, message.hint)
-                case _:
-                    tell(message)
-    raise MountFailed("the launcher ended without a word", hint="use --foreground to see why")
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+            last = _last_word(pipe, tell)
+            # Too late from here on: what is mounted stays so, and the exit status says it.
+            for number in _INTERRUPTS:
+                signal.signal(number, signal.SIG_IGN)
+        except BaseException:
+            # Interrupted: nothing may come to be mounted behind the caller's back.
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+            raise
+    if last is None:
+        raise MountFailed("the launcher ended without a word", hint="use --foreground to see why")
+    if isinstance(last, wire.DaemonFailed):
+        os.waitpid(pid, 0)
+        raise from_code(last.code, last.detail, last.hint)
+    return ExitCode.DONE
+
+
+def _last_word(
+    pipe: BinaryIO, tell: Callable[[Told], None]
+) -> wire.DaemonReady | wire.DaemonFailed | None:
+    """Whether it is mounted, or why not; None if the launcher ended without saying."""
+    for line in pipe:
+        message = msgspec.json.decode(line, type=_Said)
+        if isinstance(message, wire.DaemonReady | wire.DaemonFailed):
+            return message
+        tell(message)
+    return None
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _open_standard_streams() -> None:
@@ -76,6 +107,7 @@ def _open_standard_streams() -> None:
 def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int) -> NoReturn:
     status = int(ExitCode.BUG)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
         eventlog.set_up("syslog", name="kmsfs")
         # Mounted before setsid(): an automount waits for processes of its own session only.
         launcher = Launcher(make_config, tell=lambda told: _say(pipe_fd, told), log_target="syslog")
@@ -108,6 +140,6 @@ def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int
 
 
 def _say(pipe_fd: int, message: _Said) -> None:
-    # Whoever called may have been interrupted; the mount itself is not affected.
+    # Whoever called may have been killed; the mount itself is not affected.
     with contextlib.suppress(BrokenPipeError):
         os.write(pipe_fd, msgspec.json.encode(message) + b"\n")

@@ -23,6 +23,21 @@ from tests.support.mounts import (
 )
 from tests.support.sites import Site
 
+# Mounts as the command does, once it is told to go on.
+_MOUNT_WHEN_TOLD = """
+import os, signal, sys
+from kmsfs.launcher import launch
+from kmsfs.manage.mounting import MountOptions, mount_config
+
+def make_config():
+    os.write(1, b"waiting")
+    os.read(0, 1)
+    return mount_config(*sys.argv[1:], MountOptions())
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(launch(make_config, foreground=False, tell=print))
+"""
+
 
 @pytest.fixture
 def served(site: Site) -> MountedVolume:
@@ -232,6 +247,32 @@ def test_foreground_serves_until_interrupted(site: Site, tmp_path: Path) -> None
     assert (launcher.returncode, output) == (0, "")
     assert "decrypted key: 100 bytes" in errors
     assert os.listdir(mountpoint) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)],
+)
+def test_mounting_that_is_interrupted_leaves_nothing_mounted(
+    site: Site, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    site.make_volume()
+    mountpoint = tmp_path / "interrupted"
+    mountpoint.mkdir()
+    command = subprocess.Popen(
+        [sys.executable, "-c", _MOUNT_WHEN_TOLD, site.source, mountpoint],
+        env=dict(site.env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert command.stdout is not None
+    assert command.stdout.read(7) == b"waiting"
+    command.send_signal(number)
+    command.communicate(b"!", timeout=20)
+    assert command.returncode == status
+    assert mounts.find_mount(str(mountpoint)) is None
+    assert processes_of(mountpoint) == []
 
 
 def test_background_mount_keeps_no_terminal_and_no_pipe_of_its_caller(site: Site) -> None:
