@@ -1,6 +1,7 @@
 """`./contrib/demo`, as the README tells everybody to try it."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,4 +69,27 @@ def test_demo_cleans_up_when_it_fails(mountable: None, tmp_path: Path) -> None:
     assert "refused" in done.stdout
     assert "What happened" not in done.stdout
     assert list(mounts_below(temporary)) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_demo_cleans_up_though_it_is_terminated_meanwhile(mountable: None, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    asked = programs / "mountpoint"
+    asked.write_text(f'#!/bin/sh\nkill -TERM $PPID\nexec {shutil.which("mountpoint")} "$@"\n')
+    asked.chmod(0o755)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    done = subprocess.run(
+        [ROOT / "contrib/demo"],
+        env={**os.environ, "TMPDIR": str(temporary), "PATH": f"{programs}:{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
     assert list(temporary.iterdir()) == []
