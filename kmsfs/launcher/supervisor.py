@@ -34,6 +34,8 @@ _RESTART_WINDOW_S: Final = 60.0
 # Between zygotes: one that dies at once must not become a busy loop.
 _ZYGOTE_PAUSE_S: Final = 0.5
 
+_END_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+
 # Left above the plaintexts for the reply buffer and what is on its way.
 _MEMLOCK_MARGIN_BYTES: Final = 4 << 20
 
@@ -204,10 +206,8 @@ class Launcher:
             KmsfsError: what the daemon said, or that it said nothing.
         """
         assert self._lifeline is not None
-        # Between two files at most their deadline passes.
-        self._lifeline.settimeout(_READY_S + self._config.kms.deadline_s)
         try:
-            while not isinstance(message := wire.receive(self._lifeline)[0], wire.DaemonReady):
+            while not isinstance(message := self._next_word(), wire.DaemonReady):
                 match message:
                     case wire.DaemonFailed():
                         raise from_code(message.code, message.detail, message.hint)
@@ -221,12 +221,29 @@ class Launcher:
             raise MountFailed(
                 f"the daemon did not come up: {error}", hint="see the log, or use --foreground"
             ) from None
-        finally:
-            self._lifeline.settimeout(None)
         try:
             os.statvfs(self._config.mountpoint)
         except OSError as error:
             raise MountFailed(f"the mount does not answer: {error.strerror}") from error
+
+    def _next_word(self) -> wire.Message:
+        """What the daemon says next, before it is ready.
+
+        Raises:
+            WireError: nothing, for longer than a file may take.
+            MountFailed: we are to end.
+        """
+        assert self._lifeline is not None
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        poll.register(self._lifeline, select.POLLIN)
+        while ready := poll.poll((_READY_S + self._config.kms.deadline_s) * 1000):
+            if (self._signals.fileno(), select.POLLIN) in ready:
+                if _END_SIGNALS & set(self._signals.recv(16)):
+                    raise MountFailed("interrupted before the mount was ready")
+                continue
+            return wire.receive(self._lifeline)[0]
+        raise wire.WireError("it says nothing")
 
     @contextlib.contextmanager
     def _listen(self) -> Iterator[socket.socket]:
@@ -250,11 +267,11 @@ class Launcher:
 
     def _catch_signals(self) -> None:
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (*_END_SIGNALS, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
     def _on_signal(self, numbers: bytes) -> None:
-        if signal.SIGHUP in numbers and not {signal.SIGTERM, signal.SIGINT} & set(numbers):
+        if signal.SIGHUP in numbers and not _END_SIGNALS & set(numbers):
             # Nothing is read at start that could be read anew.
             return
         if self._stopping or self._daemon is None:

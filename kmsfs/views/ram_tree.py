@@ -159,14 +159,11 @@ class RamTree:
             self.close()
             raise
 
-    @property
-    def fd(self) -> int:
-        """Descriptor of the root."""
-        return self._root_fd
-
     def close(self) -> None:
-        """Let another process fill it. The files stay."""
-        os.close(self._root_fd)
+        """Let another process fill it. The files stay; again is harmless."""
+        if self._root_fd >= 0:
+            os.close(self._root_fd)
+            self._root_fd = -1
 
     # --- generations ---------------------------------------------------------------------------
 

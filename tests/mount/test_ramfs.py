@@ -408,6 +408,28 @@ def test_interrupted_in_the_foreground_it_wipes_and_unmounts(site: Site) -> None
     assert os.listdir(path) == []
 
 
+def test_terminated_while_it_is_filled_it_leaves_nothing_mounted(strict_site: StrictSite) -> None:
+    site = strict_site
+    site.make_volume()
+    for number in range(40):
+        site.encrypt(f"file-{number}", site.secret(f"{number}", 100))
+    site.key.latency_s = 2.0
+    path = site.directory / "mnt"
+    path.mkdir()
+    mounting = subprocess.Popen(
+        [*KMSFS, "mount", site.source, path, "--view", "ramfs"], env=dict(site.env)
+    )
+    site.kms.wait_for_calls(1, "Decrypt")
+    pids = processes_of(path)
+    mounting.terminate()
+    # Long before the last file.
+    assert mounting.wait(8) == 128 + signal.SIGTERM
+    for pid in pids:
+        wait_gone(pid)
+    assert mounts.find_mount(str(path)) is None
+    assert os.listdir(path) == []
+
+
 def test_a_bar_shows_on_a_terminal_while_it_is_filled(strict_site: StrictSite) -> None:
     site = strict_site
     site.make_volume()

@@ -51,7 +51,7 @@ def clean_up(before: set[int], directory: Path) -> list[str]:
     Returns: what was found, in words; empty if nothing.
     """
     problems = []
-    for mount in reversed(mounts.kmsfs_mounts()):
+    for mount in reversed(mounts.mount_table()):
         if Path(mount.mountpoint).is_relative_to(directory):
             problems.append(f"mount {mount.mountpoint}")
             mounts.unmount(mount.mountpoint, lazy=True)
