@@ -16,6 +16,7 @@ import pytest
 from kmsfs import config, errors
 from kmsfs.cli import cli
 from kmsfs.errors import ExitCode, KmsfsError
+from kmsfs.settings import DEFAULT_TTL_S
 from tests.support import readme
 from tests.support.moto_kms import MotoKms
 from tests.support.private_machine import Session, run_session
@@ -133,6 +134,7 @@ def test_commands_show_what_the_readme_promises(session: Session) -> None:
     assert session.of("cat /run/kmsfs/app/db/password").stdout == b"correct horse battery staple"
     assert session.of("kmsfs decrypt").stdout.strip() == b"28"
     assert b"fits" in session.of("kmsfs inspect").stdout
+    assert session.of("ls -lL /run/kmsfs/ram/db").stdout.splitlines()[1].startswith(b"-r--------")
     status = session.of("kmsfs status").stdout
     assert b"serving" in status
     assert b"db/password: 28 bytes" in status
@@ -274,8 +276,10 @@ def test_every_error_of_an_open_is_in_the_table() -> None:
     elsewhere = {
         errors.UsageInvalid, errors.OutputExists, errors.InputUnreadable, errors.OutputUnwritable,
         errors.PlaintextTooLarge, errors.ConfigInvalid, errors.ConfigUntrusted,
-        errors.MountpointUnusable, errors.MountFailed, errors.ControlUnavailable,
-        errors.SourceMissing,
+        errors.MountpointUnusable, errors.MountFailed, errors.FuseUnavailable,
+        errors.ControlUnavailable, errors.SourceMissing,
+        # Of the ramfs view, whose files are simply not there.
+        errors.RamLimitReached, errors.NameReserved,
     }  # fmt: skip
     told = {cls for classes in _HAPPENED.values() for cls in classes}
 
@@ -317,7 +321,9 @@ def test_defaults_in_kmsfs_toml_are_the_defaults(tmp_path: Path) -> None:
 
     file = config.load_volume_file(path, uid=os.geteuid(), overlay_dir=tmp_path / "none")
 
-    assert file.cache == config.CacheTable()
+    assert file.cache == config.CacheTable(ttl_s=DEFAULT_TTL_S["fuse"])
+    assert f"The default of `ttl_s` is {file.cache.ttl_s:.0f} in the FUSE view" in readme.TEXT
+    assert f"and {DEFAULT_TTL_S['ramfs']:.0f}, never, in the ramfs view." in readme.TEXT
     assert file.volume.view == config.VolumeTable().view
     assert file.kms.deadline_s == config.KmsTable().deadline_s
     assert file.kms.allow_non_committing == config.KmsTable().allow_non_committing

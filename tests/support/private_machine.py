@@ -14,7 +14,9 @@ PLACES = ("/etc", "/opt", "/run", "/usr/local")
 
 _SESSION = """\
 set -o pipefail
-kmsfs_mounts() {{ awk '/ - fuse.kmsfs /{{print $5}}' /proc/self/mountinfo; }}
+kmsfs_mounts() {{
+    awk '/ - (fuse.kmsfs|ramfs kmsfs:|tmpfs kmsfs:)/{{print $5}}' /proc/self/mountinfo
+}}
 # Copies of what is mounted elsewhere would hold that.
 for mount in $(kmsfs_mounts); do umount -l $mount; done
 mount -t tmpfs tmpfs {layers}
