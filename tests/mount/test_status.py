@@ -92,9 +92,9 @@ def test_without_a_mountpoint_every_mount_is_shown(
     site: Site, volume: MountedVolume, tmp_path: Path
 ) -> None:
     other = site.mount(path=tmp_path / "other")
-    text = volume.kmsfs("status", exit_code=None).output
+    done = volume.kmsfs("status", exit_code=None)
     for mount in (volume, other):
-        assert f"{mount.path}: {site.source} (fuse view, volume web)\n" in text
+        assert f"{mount.path}: {site.source} (fuse view, volume web)\n" in done.output, done.stderr
     shown = json.loads(volume.kmsfs("status", "--json", exit_code=None).output)
     assert {str(volume.path), str(other.path)} <= {status["mountpoint"] for status in shown}
 
