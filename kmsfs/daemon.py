@@ -131,7 +131,7 @@ class Daemon:
                 nursery.start_soon(control_server.serve, self._listener, allowed, self._respond)
                 nursery.start_soon(self._ask_for_zygotes)
                 nursery.start_soon(self._listen_to_launcher)
-                nursery.start_soon(self._end_on_signal)
+                nursery.start_soon(self._obey_signals)
                 try:
                     await self._view.serve(self._say_ready, self._say_progress)
                 except KmsfsError as error:
@@ -256,11 +256,16 @@ class Daemon:
             if fd is not None:
                 os.close(fd)
 
-    async def _end_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            async for _ in signals:
-                await self._end()
-                return
+    async def _obey_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
+            async for number in signals:
+                if number == signal.SIGTERM:
+                    await self._end()
+                    return
+                try:
+                    await self.lock(os.getuid())
+                except GuaranteeNotMet as error:
+                    log.error("locking: %s", error.detail)  # noqa: TRY400 - said in full
 
     async def _end(self) -> None:
         with trio.move_on_after(_END_S):

@@ -91,6 +91,7 @@ class MountConfig(_Record, frozen=True):
         view: `auto` until the launcher has seen what can be mounted; see `served_as`.
         view_reason: why `auto` became ramfs; empty otherwise.
         require_all: refuse to mount unless every file decrypts.
+        strict: refuse to mount unless every promise holds in full.
         once: fill the ramfs and leave it, with no process behind.
     """
 
@@ -109,6 +110,7 @@ class MountConfig(_Record, frozen=True):
     view_reason: str = ""
     ram: RamSettings = RamSettings()
     require_all: bool = False
+    strict: bool = False
     once: bool = False
 
     def served_as(self, view: Literal["fuse", "ramfs"], reason: str = "") -> "MountConfig":

@@ -49,6 +49,7 @@ _END_S = 20.0
 )
 @click.option("--allow-swap", is_flag=True, help="Fill a tmpfs that can be swapped out, too.")
 @click.option("--require-all", is_flag=True, help="Mount only if every file decrypts.")
+@click.option("--strict", is_flag=True, help="Mount only if every promise holds in full.")
 @click.option("--once", is_flag=True, help="Fill a ramfs and leave it, with no process behind.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option(
@@ -76,6 +77,7 @@ def mount(
     ram: str | None,
     allow_swap: bool,
     require_all: bool,
+    strict: bool,
     once: bool,
     foreground: bool,
     option_texts: tuple[str, ...],
@@ -110,6 +112,7 @@ def mount(
             ram=ram,
             allow_swap=allow_swap,
             require_all=require_all,
+            strict=strict,
             once=once,
         )
         for text in option_texts:

@@ -44,6 +44,11 @@ class MountReport:
                 )
             case wire.Filling():
                 self._show_progress(told.done, told.total)
+            case wire.PromiseWeak():
+                self._end_bar()
+                messages.error(f"{told.grade}: {told.promise}: {told.evidence}")
+                if told.todo:
+                    messages.hint(told.todo)
             case wire.FileMissing():
                 self._end_bar()
                 self._missing += 1

@@ -46,6 +46,15 @@ def _is_attended(mount: mounts.Mount) -> bool:
     return True
 
 
+def warn_of_stale(mount: mounts.Mount) -> None:
+    """Say which programs have files of a locked mount open or mapped: they will see errors."""
+    stale = [holder for holder in mounts.holders(mount) if not holder.by.startswith("as its")]
+    for holder in stale[:_MAX_NAMED]:
+        messages.warning(f"{holder.name} (pid {holder.pid}) cannot read any more: {holder.by}")
+    if len(stale) > _MAX_NAMED:
+        messages.warning(f"{len(stale) - _MAX_NAMED} other programs cannot read any more")
+
+
 def warn_of_held(paths: dict[str, str]) -> None:
     """Say which programs hold files that were taken away.
 

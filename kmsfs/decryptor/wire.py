@@ -136,6 +136,15 @@ class FileMissing(_Message, frozen=True):
     hint: str | None = None
 
 
+class PromiseWeak(_Message, frozen=True):
+    """Launcher to whoever called it: a promise that does not hold in full, with `--strict`."""
+
+    promise: str
+    grade: str
+    evidence: str
+    todo: str
+
+
 class DaemonReady(_Message, frozen=True):
     """Daemon to launcher, once: requests are served from now on."""
 
@@ -173,6 +182,7 @@ Message = (
     | ViewChosen
     | Filling
     | FileMissing
+    | PromiseWeak
     | DaemonReady
     | DaemonFailed
     | ZygoteWanted

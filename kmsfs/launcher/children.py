@@ -68,7 +68,7 @@ def spawn(
             [sys.executable, "-s", "-P", "-m", module, *map(str, targets), *arguments],
             environment,
             file_actions=actions,
-            setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
+            setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1],
         )
     return Child(pid, os.pidfd_open(pid))
 

@@ -18,7 +18,7 @@ from kmsfs.views.serving import HeldFile
 
 log = logging.getLogger(__name__)
 
-Told = wire.ViewChosen | wire.Filling | wire.FileMissing
+Told = wire.ViewChosen | wire.Filling | wire.FileMissing | wire.PromiseWeak
 """What whoever asked for a mount may want to know before it is ready."""
 
 

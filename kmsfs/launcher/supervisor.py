@@ -15,7 +15,7 @@ from kmsfs import libc
 from kmsfs.admin import control
 from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError, MountFailed, from_code
-from kmsfs.launcher import children
+from kmsfs.launcher import children, guarantees
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.mounting import Told, open_mount
 from kmsfs.memory import process
@@ -88,6 +88,8 @@ class Launcher:
             self._start_daemon()
             self._known_config = self._make_config()
             self._mount_and_serve()
+            if self._config.strict and self._mount is not None:
+                guarantees.require_all(self._mount, self._tell)
         except BaseException:
             self._end_all()
             raise
@@ -267,14 +269,16 @@ class Launcher:
 
     def _catch_signals(self) -> None:
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
-        for number in (*_END_SIGNALS, signal.SIGHUP):
+        for number in (*_END_SIGNALS, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
 
     def _on_signal(self, numbers: bytes) -> None:
-        if signal.SIGHUP in numbers and not _END_SIGNALS & set(numbers):
-            # Nothing is read at start that could be read anew.
-            return
         if self._stopping or self._daemon is None:
+            return
+        if not _END_SIGNALS & set(numbers):
+            # On SIGHUP nothing is done: what is read at start could not be read anew.
+            if signal.SIGUSR1 in numbers:
+                self._daemon.kill(signal.SIGUSR1)
             return
         self._stopping = True
         self._unmount()

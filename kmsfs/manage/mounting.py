@@ -35,7 +35,7 @@ _ACCEPTED_OPTIONS: Final = frozenset(
 _VALUE_OPTIONS: Final = frozenset(
     {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view", "ram"}
 )
-_FLAG_OPTIONS: Final = frozenset({"allow_other", "allow_swap", "require_all", "once"})
+_FLAG_OPTIONS: Final = frozenset({"allow_other", "allow_swap", "require_all", "strict", "once"})
 _VIEWS: Final[tuple[View, ...]] = ("auto", "fuse", "ramfs")
 _RAM_KINDS: Final[tuple[RamKind, ...]] = ("ramfs", "tmpfs")
 
@@ -61,6 +61,7 @@ class MountOptions:
     allow_other: bool = False
     allow_swap: bool = False
     require_all: bool = False
+    strict: bool = False
     once: bool = False
 
 
@@ -149,6 +150,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         view=_view(options, file),
         ram=_ram_settings(options),
         require_all=options.require_all,
+        strict=options.strict,
         once=options.once,
     )
 
