@@ -78,6 +78,7 @@ class CacheTable(_Table, frozen=True):
     stale_s: Seconds = 0.0
     max_bytes: int | str = "64MiB"
     max_file_bytes: int | str = "16MiB"
+    allow_unlocked: bool = False
 
 
 class RuleTable(_Table, frozen=True):
@@ -149,6 +150,7 @@ def cache_settings(table: CacheTable) -> CacheSettings:
         stale_s=table.stale_s,
         max_bytes=parse_size(table.max_bytes, "cache.max_bytes"),
         max_file_bytes=parse_size(table.max_file_bytes, "cache.max_file_bytes"),
+        allow_unlocked=table.allow_unlocked,
     )
 
 

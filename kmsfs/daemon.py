@@ -81,7 +81,7 @@ class Daemon:
         self._zygote_wanted = trio.Event()
         # The first comes unasked. A second request for one that is on its way would replace it.
         self._zygote_is_coming = True
-        arena = Arena(config.cache.max_bytes)
+        arena = Arena(config.cache.max_bytes, may_be_unlocked=config.cache.allow_unlocked)
         # With one key there are no others to leave room for.
         several_keys = len(config.kms.key_ids) > 1
         self._client = DecryptorClient(
@@ -112,6 +112,7 @@ class Daemon:
             mount_fd,
             open_deadline_s=self._config.kms.deadline_s,
             decrypt_all=self._config.require_all,
+            allow_unlocked=self._config.cache.allow_unlocked,
         )
         self._events.sinks.append(view)
         return view

@@ -44,6 +44,7 @@ class CacheSettings(_Record, frozen=True):
     stale_s: float = 0.0
     max_bytes: int = 64 << 20
     max_file_bytes: int = 16 << 20
+    allow_unlocked: bool = False
 
     @property
     def lifetime_s(self) -> float:

@@ -110,7 +110,11 @@ def _weaknesses(
 ) -> list[str]:
     greeting, workers = client.workers.greeting, client.worker_report
     weaknesses = []
-    if "memfd" in kinds:
+    if "unlocked" in kinds:
+        weaknesses.append("plaintext lies in memory that is not locked and may be swapped out")
+    elif config.cache.allow_unlocked:
+        weaknesses.append("plaintext may lie in memory that is not locked (allow_unlocked)")
+    if "memfd" in kinds and not config.cache.allow_unlocked:
         weaknesses.append("plaintext lies in a locked memfd: this kernel has no memfd_secret")
     if not daemon.undumpable or not daemon.core_limit_zero:
         weaknesses.append("the daemon's memory could be dumped")

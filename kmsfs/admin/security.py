@@ -80,7 +80,7 @@ def _memory(status: MountStatus, daemon: ProcessFacts | None) -> Finding:
             promise=promise,
             grade="broken",
             evidence=f"{kinds}; {locked}",
-            todo="raise the locked-memory limit (LimitMEMLOCK, ulimit -l)",
+            todo="raise the locked-memory limit (LimitMEMLOCK, ulimit -l), drop allow_unlocked",
         )
     if "memfd" in status.plaintext_in or not _has_memfd_secret():
         return Finding(

@@ -19,6 +19,7 @@ class DecryptRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         unknown_as_blob: try bytes of no known format as a bare blob (the name's suffix says
             that they are one).
         max_plaintext_bytes: refuse larger plaintexts, before decrypting where the size is known.
+        allow_unlocked: plaintext may come in memory that is not locked.
         allow_non_committing: accept Encryption SDK suites without key commitment.
     """
 
@@ -30,6 +31,7 @@ class DecryptRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     unknown_as_blob: bool = False
     max_plaintext_bytes: int = 16 << 20
     allow_non_committing: bool = False
+    allow_unlocked: bool = False
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class DecryptRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         binding_required: bool,
         unknown_as_blob: bool,
         max_plaintext_bytes: int,
+        allow_unlocked: bool = False,
     ) -> "DecryptRules":
         """The rules for a file at `place` under a mount's key settings."""
         return cls(
@@ -51,4 +54,5 @@ class DecryptRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             unknown_as_blob=unknown_as_blob,
             max_plaintext_bytes=max_plaintext_bytes,
             allow_non_committing=kms.allow_non_committing,
+            allow_unlocked=allow_unlocked,
         )

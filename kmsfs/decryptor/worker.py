@@ -36,9 +36,14 @@ _MAX_DETAIL: Final = 1000
 
 
 class Outbox:
-    """The memory one plaintext is written into, kept locked until the daemon has it."""
+    """The memory one plaintext is written into, kept locked until the daemon has it.
 
-    def __init__(self) -> None:
+    Args:
+        may_be_unlocked: where it cannot be locked it is used all the same.
+    """
+
+    def __init__(self, *, may_be_unlocked: bool = False) -> None:
+        self._may_be_unlocked = may_be_unlocked
         self._fd: int | None = None
         self._mapping: LockedMapping | None = None
         self._view: memoryview | None = None
@@ -58,8 +63,9 @@ class Outbox:
             return memoryview(bytearray())
         if self._mapping is not None:
             raise WorkerBug("a second plaintext for one request")
-        self._fd, kind = create_secret_memory(size_bytes)
-        self._mapping = LockedMapping.of(self._fd, kind)
+        unlocked = self._may_be_unlocked
+        self._fd, kind = create_secret_memory(size_bytes, may_be_unlocked=unlocked)
+        self._mapping = LockedMapping.of(self._fd, kind, may_be_unlocked=unlocked)
         self._view = self._mapping.borrow(size_bytes)
         return self._view
 
@@ -143,7 +149,7 @@ class Worker:
                 return
 
     def _serve(self, request: wire.Decrypt, fd: int) -> None:
-        outbox = Outbox()
+        outbox = Outbox(may_be_unlocked=request.rules.allow_unlocked)
         taken = False
         try:
             reply = self._decrypt(request, fd, outbox)

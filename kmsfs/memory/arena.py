@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from kmsfs.errors import LockedMemoryExhausted
-from kmsfs.memory.mapping import Kind, LockedMapping, check_received, round_to_pages
+from kmsfs.memory.mapping import Held, LockedMapping, check_received, round_to_pages
 
 # Linux stops at 65,530 mappings a process (vm.max_map_count); the interpreter and its threads
 # need some, and half is left for them.
@@ -21,7 +21,7 @@ class Slot:
 
     __slots__ = ("_arena", "_mapping", "kind", "size_bytes")
 
-    def __init__(self, arena: "Arena", mapping: LockedMapping | None, size_bytes: int, kind: Kind):
+    def __init__(self, arena: "Arena", mapping: LockedMapping | None, size_bytes: int, kind: Held):
         self._arena = arena
         self._mapping = mapping
         self.size_bytes: Final = size_bytes
@@ -68,11 +68,17 @@ class Arena:
     """Hands out slots within a budget, counted in whole pages.
 
     The budget is the smaller of `max_bytes` and RLIMIT_MEMLOCK less a reserve.
+
+    Args:
+        may_be_unlocked: take memory in all the same that cannot be locked; the budget is
+            `max_bytes` then.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, may_be_unlocked: bool = False) -> None:
+        self._may_be_unlocked = may_be_unlocked
         soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        limit = max_bytes if soft == resource.RLIM_INFINITY else max(0, soft - _RESERVED_BYTES)
+        unlimited = soft == resource.RLIM_INFINITY or may_be_unlocked
+        limit = max_bytes if unlimited else max(0, soft - _RESERVED_BYTES)
         self.budget_bytes: Final = min(max_bytes, limit)
         self.used_bytes = 0
         self.slots = 0
@@ -110,12 +116,12 @@ class Arena:
                     f"{size_bytes} bytes do not fit: {self.used_bytes} of {self.budget_bytes} "
                     f"bytes in {self.slots} slots are in use"
                 )
-            mapping = LockedMapping.of(fd, kind)
+            mapping = LockedMapping.of(fd, kind, may_be_unlocked=self._may_be_unlocked)
         finally:
             os.close(fd)
         self.used_bytes += mapping.mapped_bytes
         self.slots += 1
-        return Slot(self, mapping, size_bytes, kind)
+        return Slot(self, mapping, size_bytes, kind if mapping.locked else "unlocked")
 
     def give_back(self, mapping: LockedMapping) -> None:
         """Wipe and unmap a slot's memory."""

@@ -22,6 +22,8 @@ _SECRETMEM_MAGIC: Final = 0x5345434D
 _EXHAUSTED: Final = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EPERM})
 
 Kind = Literal["memfd_secret", "memfd"]
+Held = Literal["memfd_secret", "memfd", "unlocked"]
+"""How a plaintext lies in memory; `unlocked` is a memfd that could not be locked."""
 
 
 def round_to_pages(size_bytes: int) -> int:
@@ -34,35 +36,40 @@ class LockedMapping:
 
     Views are borrowed; unmapping under one would crash whoever uses it, so `close` refuses while
     any is out.
+
+    Attributes:
+        locked: False only where the maker said that it need not be, and it could not be.
     """
 
-    __slots__ = ("_address", "_borrowed", "mapped_bytes")
+    __slots__ = ("_address", "_borrowed", "locked", "mapped_bytes")
 
-    def __init__(self, address: int, mapped_bytes: int) -> None:
+    def __init__(self, address: int, mapped_bytes: int, *, locked: bool) -> None:
         self._address = address
         self._borrowed = 0
         self.mapped_bytes: Final = mapped_bytes
+        self.locked: Final = locked
 
     @classmethod
-    def anonymous(cls, size_bytes: int) -> "LockedMapping":
+    def anonymous(cls, size_bytes: int, *, may_be_unlocked: bool = False) -> "LockedMapping":
         """Zeroed memory of this process alone.
 
         Raises:
-            LockedMemoryExhausted: it cannot be had or cannot be locked.
+            LockedMemoryExhausted: it cannot be had, or cannot be locked and must be.
         """
         mapped_bytes = round_to_pages(size_bytes)
         try:
             address = libc.map_anonymous(mapped_bytes)
         except OSError as error:
             _raise_exhausted(error, mapped_bytes)
-        return cls._locked(address, mapped_bytes)
+        return cls._locked(address, mapped_bytes, may_be_unlocked=may_be_unlocked)
 
     @classmethod
-    def of(cls, fd: int, kind: Kind) -> "LockedMapping":
+    def of(cls, fd: int, kind: Kind, *, may_be_unlocked: bool = False) -> "LockedMapping":
         """Map the whole of a descriptor made by `create_secret_memory`; `fd` may then be closed.
 
         Raises:
-            LockedMemoryExhausted: over the limit of locked memory.
+            LockedMemoryExhausted: over the limit of locked memory. A memfd is mapped all the
+                same if it `may_be_unlocked`.
         """
         mapped_bytes = os.fstat(fd).st_size
         try:
@@ -70,21 +77,32 @@ class LockedMapping:
         except OSError as error:
             _raise_exhausted(error, mapped_bytes)
         # The pages of memfd_secret are locked and undumpable by nature.
-        return cls._locked(address, mapped_bytes, by_nature=kind == "memfd_secret")
+        return cls._locked(
+            address,
+            mapped_bytes,
+            by_nature=kind == "memfd_secret",
+            may_be_unlocked=may_be_unlocked,
+        )
 
     @classmethod
     def _locked(
-        cls, address: int, mapped_bytes: int, *, by_nature: bool = False
+        cls,
+        address: int,
+        mapped_bytes: int,
+        *,
+        by_nature: bool = False,
+        may_be_unlocked: bool = False,
     ) -> "LockedMapping":
+        locked = True
         try:
             if not by_nature:
-                libc.mlock(address, mapped_bytes)
+                locked = _lock(address, mapped_bytes, may_fail=may_be_unlocked)
                 libc.madvise(address, mapped_bytes, libc.MADV_DONTDUMP)
             libc.madvise(address, mapped_bytes, libc.MADV_DONTFORK)
         except OSError as error:
             libc.munmap(address, mapped_bytes)
             _raise_exhausted(error, mapped_bytes)
-        return cls(address, mapped_bytes)
+        return cls(address, mapped_bytes, locked=locked)
 
     def borrow(self, size_bytes: int) -> memoryview:
         """A writable view of the first `size_bytes`; slices of it must not outlive it.
@@ -161,21 +179,26 @@ class LockedMapping:
             raise ValueError("the mapping is closed")
 
 
-def create_secret_memory(size_bytes: int) -> tuple[int, Kind]:
+def create_secret_memory(size_bytes: int, *, may_be_unlocked: bool = False) -> tuple[int, Kind]:
     """Memory that can be passed to another process: its descriptor and its kind.
 
     memfd_secret where the kernel has it (root cannot read it through /proc, the kernel zeroes
     it when freed), else a memfd that can be neither shrunk nor grown. The size is that of whole
     pages.
 
+    Args:
+        may_be_unlocked: always a memfd: a process over its limit cannot map memfd_secret.
+
     Raises:
         LockedMemoryExhausted: no memory.
     """
     kind: Kind = "memfd_secret"
     try:
-        fd = libc.memfd_secret()
+        fd = _create_memfd() if may_be_unlocked else libc.memfd_secret()
     except OSError:
-        fd, kind = _create_memfd(), "memfd"
+        fd = _create_memfd()
+    if libc.filesystem_magic(fd) != _SECRETMEM_MAGIC:
+        kind = "memfd"
     try:
         os.ftruncate(fd, round_to_pages(size_bytes))
         if kind == "memfd":
@@ -206,6 +229,16 @@ def check_received(fd: int, size_bytes: int) -> Kind:
     if seals & _SEALS != _SEALS or seals & _UNWIPEABLE:
         raise WorkerFailed(f"the memory handed over has seals {seals:#x}")
     return "memfd"
+
+
+def _lock(address: int, size_bytes: int, *, may_fail: bool) -> bool:
+    try:
+        libc.mlock(address, size_bytes)
+    except OSError as error:
+        if may_fail and error.errno in _EXHAUSTED:
+            return False
+        raise
+    return True
 
 
 def _create_memfd() -> int:

@@ -256,6 +256,7 @@ class Volume:
             binding_required=not self.may_be_unbound(file),
             unknown_as_blob=file.suffix_taken,
             max_plaintext_bytes=self._config.cache.max_file_bytes,
+            allow_unlocked=self._config.cache.allow_unlocked,
         )
 
     async def _disk(self, call: Callable[[*Ts], T], *args: *Ts) -> T:

@@ -87,6 +87,7 @@ class FuseView(pyfuse3.Operations):
         fuse_fd: /dev/fuse of a mount that somebody else made; the view's from now on.
         open_deadline_s: within which every open ends.
         decrypt_all: decrypt every file once before being ready.
+        allow_unlocked: the reply buffer need not be locked.
     """
 
     supports_dot_lookup = False
@@ -99,6 +100,7 @@ class FuseView(pyfuse3.Operations):
         *,
         open_deadline_s: float,
         decrypt_all: bool = False,
+        allow_unlocked: bool = False,
     ) -> None:
         super().__init__()
         self._decrypt_all = decrypt_all
@@ -110,7 +112,7 @@ class FuseView(pyfuse3.Operations):
         self._listings: dict[int, list[SourceNode]] = {}
         self._next_handle = itertools.count(1)
         # /dev/fuse cannot take bytes out of memfd_secret; every reply passes through here.
-        self._bounce = LockedMapping.anonymous(MAX_READ_BYTES)
+        self._bounce = LockedMapping.anonymous(MAX_READ_BYTES, may_be_unlocked=allow_unlocked)
         self._bounce_view = self._bounce.borrow(MAX_READ_BYTES)
         self._bounce_used_bytes = 0
         self._wiped_paths: set[str] = set()

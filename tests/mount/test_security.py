@@ -189,3 +189,36 @@ def test_a_promise_that_is_asked_for_in_the_foreground_is_refused_there(site: Si
     )  # fmt: skip
     assert done.returncode == 6
     assert "--strict asks for it" in done.stderr
+
+
+# Without the capabilities that know no limit, and with room for the reply buffer and little more.
+LITTLE_LOCKED_MEMORY = (
+    "setpriv", "--bounding-set=-ipc_lock,-sys_resource", "--inh-caps=-ipc_lock,-sys_resource",
+    "prlimit", "--memlock=1200000:1200000",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_memory_that_cannot_be_locked_is_refused_unless_it_is_allowed(
+    site: Site, allowed: bool
+) -> None:
+    site.make_volume()
+    if allowed:
+        site.append_config("[cache]\nallow_unlocked = true\n")
+    content = site.secret("large", 300_000)
+    site.encrypt("large", content)
+    volume = MountedVolume(site.source, site.directory / "mnt", site.env)
+    volume.path.mkdir()
+    site.mounter.mounted.append(volume)
+    run_kmsfs(["mount", site.source, volume.path], env=site.env, prefix=LITTLE_LOCKED_MEMORY)
+    if not allowed:
+        assert strerror_of_cat(volume.path / "large") == "Cannot allocate memory"
+        (failing,) = volume.status()["failing"]
+        assert failing["reason"].startswith("LockedMemoryExhausted: 300000 bytes do not fit")
+        assert "LimitMEMLOCK" in failing["hint"]
+        return
+    assert (volume.path / "large").read_bytes() == content
+    assert volume.status()["plaintext_in"] == ["unlocked"]
+    assert any("not locked and may be swapped" in text for text in volume.status()["weaknesses"])
+    memory = of(findings(volume), "memory that is locked")
+    assert (memory["grade"], "unlocked" in memory["evidence"]) == ("broken", True)
