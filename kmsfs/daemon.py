@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Final, get_args
+from typing import Final
 
 import msgspec
 import trio
@@ -30,6 +30,7 @@ from kmsfs.events import Event, EventSink, LockChanged
 from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
 from kmsfs.settings import MountConfig
+from kmsfs.store.opener import RemoteOpener
 from kmsfs.store.source import Source
 from kmsfs.store.volume import Volume
 from kmsfs.views import ram_tree
@@ -64,19 +65,18 @@ class Daemon:
 
     Args:
         launcher: this end of the socket to the launcher.
-        listener: the listening control socket.
 
     Raises:
         KmsfsError: the source cannot be opened, or no memory can be locked.
     """
 
-    def __init__(
-        self, config: MountConfig, launcher: socket.socket, listener: socket.socket, mount_fd: int
-    ) -> None:
+    def __init__(self, handed: "_Handed", launcher: socket.socket) -> None:
+        config = handed.config
         self._config = config
         self._launcher_raw = launcher
         self._launcher = trio.socket.from_stdlib_socket(launcher)
-        self._listener = listener
+        self._listener = handed.listener
+        self._mounting_uid = handed.mounting_uid
         self._events = _Fanout()
         self._zygote_wanted = trio.Event()
         # The first comes unasked. A second request for one that is on its way would replace it.
@@ -92,13 +92,13 @@ class Daemon:
         )
         self._volume = Volume(
             _held_briefly(config) if config.view == "ramfs" else config,
-            Source(config.source),
+            Source(config.source, handed.opener),
             arena,
             self._client,
             self._events,
         )
         self._events.sinks = [eventlog.LogSink()]
-        self._view: View = self._make_view(mount_fd)
+        self._view: View = self._make_view(handed.mount_fd)
 
     def _make_view(self, mount_fd: int) -> View:
         if self._config.view == "ramfs":
@@ -123,7 +123,7 @@ class Daemon:
         Raises:
             KmsfsError: it cannot be served.
         """
-        allowed = frozenset({0, os.getuid()})
+        allowed = frozenset({0, self._mounting_uid})
         failure: KmsfsError | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -316,7 +316,9 @@ class _Handed:
 
     config: MountConfig
     listener: socket.socket
+    opener: RemoteOpener | None
     mount_fd: int
+    mounting_uid: int
 
 
 def main(argv: list[str]) -> int:
@@ -339,6 +341,8 @@ def main(argv: list[str]) -> int:
         # Mostly the launcher found that nothing can be mounted, and says why itself.
         log.debug("nothing to serve: %s", error)
         return int(ExitCode.MOUNTPOINT)
+    if handed.config.run_as is not None:
+        process.become(handed.config.run_as.uid, handed.config.run_as.gid)
     try:
         trio.run(_run, handed, launcher)
     except KmsfsError as error:
@@ -351,18 +355,19 @@ def main(argv: list[str]) -> int:
 
 def _receive_handed(launcher: socket.socket) -> _Handed:
     fds: dict[wire.Handed, int] = {}
-    while len(fds) < len(get_args(wire.Handed)):
+    while "mount" not in fds:
         message, fd = wire.expect(wire.receive(launcher), wire.HandOver)
         if fd is None or message.item in fds:
             raise wire.WireError(f"{message.item} was handed over without a descriptor, or twice")
         fds[message.item] = fd
     with open(fds["config"], "rb") as file:
         config = msgspec.json.decode(file.read(), type=MountConfig)
-    return _Handed(config, socket.socket(fileno=fds["control"]), fds["mount"])
+    opener = RemoteOpener(socket.socket(fileno=fds["opener"])) if "opener" in fds else None
+    return _Handed(config, socket.socket(fileno=fds["control"]), opener, fds["mount"], os.getuid())
 
 
 async def _run(handed: _Handed, launcher: socket.socket) -> None:
-    await Daemon(handed.config, launcher, handed.listener, handed.mount_fd).run()
+    await Daemon(handed, launcher).run()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ _SYS_OPENAT2: Final = 437
 _SYS_MOUNT_SETATTR: Final = 442
 _SYS_MEMFD_SECRET: Final = 447
 
+# _LINUX_CAPABILITY_VERSION_3 of linux/capability.h.
+_CAPABILITY_VERSION: Final = 0x20080522
+CAP_IPC_LOCK: Final = 14
+
 _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
 _OPEN_TREE_CLONE: Final = 1
@@ -59,6 +63,8 @@ MCL_FUTURE: Final = 2
 MCL_ONFAULT: Final = 4
 
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_KEEPCAPS: Final = 8
+PR_CAPBSET_DROP: Final = 24
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
 PR_SET_NAME: Final = 15
@@ -166,6 +172,29 @@ def prctl(option: int, value: int = 0) -> int:
     if result < 0:
         _raise_errno()
     return result
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def set_capabilities(numbers: frozenset[int]) -> None:
+    """Keep exactly these capabilities, permitted and effective (capset(2))."""
+    data = (_CapData * 2)()
+    for number in numbers:
+        data[number // 32].effective |= 1 << number % 32
+        data[number // 32].permitted |= 1 << number % 32
+    header = _CapHeader(_CAPABILITY_VERSION, 0)
+    if _libc.capset(ctypes.byref(header), data):
+        _raise_errno()
 
 
 def set_process_name(name: str) -> None:

@@ -53,6 +53,13 @@ class CacheSettings(_Record, frozen=True):
         return ttl_s or math.inf
 
 
+class RunAs(_Record, frozen=True):
+    """An unprivileged user, by numbers."""
+
+    uid: int
+    gid: int
+
+
 class RamSettings(_Record, frozen=True):
     """Which filesystem the ramfs view may fill.
 
@@ -93,6 +100,7 @@ class MountConfig(_Record, frozen=True):
         view_reason: why `auto` became ramfs; empty otherwise.
         require_all: refuse to mount unless every file decrypts.
         strict: refuse to mount unless every promise holds in full.
+        run_as: who the daemon becomes; None leaves it the mounting user.
         once: fill the ramfs and leave it, with no process behind.
     """
 
@@ -112,6 +120,7 @@ class MountConfig(_Record, frozen=True):
     ram: RamSettings = RamSettings()
     require_all: bool = False
     strict: bool = False
+    run_as: RunAs | None = None
     once: bool = False
 
     def served_as(self, view: Literal["fuse", "ramfs"], reason: str = "") -> "MountConfig":

@@ -50,6 +50,7 @@ _END_S = 20.0
 @click.option("--allow-swap", is_flag=True, help="Fill a tmpfs that can be swapped out, too.")
 @click.option("--require-all", is_flag=True, help="Mount only if every file decrypts.")
 @click.option("--strict", is_flag=True, help="Mount only if every promise holds in full.")
+@click.option("--user", metavar="NAME", help="Have the daemon run as this unprivileged user.")
 @click.option("--once", is_flag=True, help="Fill a ramfs and leave it, with no process behind.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option(
@@ -78,6 +79,7 @@ def mount(
     allow_swap: bool,
     require_all: bool,
     strict: bool,
+    user: str | None,
     once: bool,
     foreground: bool,
     option_texts: tuple[str, ...],
@@ -113,6 +115,7 @@ def mount(
             allow_swap=allow_swap,
             require_all=require_all,
             strict=strict,
+            user=user,
             once=once,
         )
         for text in option_texts:

@@ -50,6 +50,7 @@ class PooledWorker:
 @dataclass(eq=False, slots=True)
 class _Zygote:
     sock: trio.socket.SocketType
+    raw_sock: socket.socket
     ready: trio.Event = field(default_factory=trio.Event)
     greeting: wire.ZygoteReady | None = None
 
@@ -87,9 +88,9 @@ class WorkerPool:
                     self._end_idle_workers(trio.current_time() - IDLE_WORKER_S)
         finally:
             self._nursery = None
-            self.drop_zygote()
             for worker in self._workers:
                 self.kill(worker)
+            self.drop_zygote()
 
     @property
     def has_zygote(self) -> bool:
@@ -110,7 +111,7 @@ class WorkerPool:
         """Take over the control socket of a new zygote, in place of an older one."""
         self.drop_zygote()
         assert self._nursery is not None, "run() is not running"
-        self._zygote = _Zygote(trio.socket.from_stdlib_socket(sock))
+        self._zygote = _Zygote(trio.socket.from_stdlib_socket(sock), sock)
         self._nursery.start_soon(self._greet, self._zygote)
         self._zygote_attached.set()
         self._zygote_attached = trio.Event()
@@ -171,8 +172,15 @@ class WorkerPool:
         worker.killed = True
         with contextlib.suppress(ValueError):
             self._idle.remove(worker)
-        with contextlib.suppress(ProcessLookupError):
+        try:
             signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            # It runs as another user. Without a zygote it has ended with that.
+            if self._zygote is not None:
+                with contextlib.suppress(wire.WireError):
+                    wire.send(self._zygote.raw_sock, wire.KillWorker(pid=worker.pid))
         worker.sock.close()
         if self._nursery is not None:
             self._nursery.start_soon(self._bury, worker)
@@ -275,7 +283,7 @@ def _checked_pidfd(fd: int | None) -> int:
     if fd is None:
         raise wire.WireError("no pidfd")
     try:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             signal.pidfd_send_signal(fd, 0)
     except OSError as error:
         os.close(fd)

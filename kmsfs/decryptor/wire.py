@@ -100,17 +100,41 @@ class Failed(_Message, frozen=True):
     hint: str | None = None
 
 
-Handed = Literal["config", "control", "mount"]
+Handed = Literal["config", "control", "opener", "mount"]
 
 
 class HandOver(_Message, frozen=True):
     """Launcher to daemon, with one of the descriptors that it needs to begin.
 
     `config`: the mount's configuration as JSON; `control`: the listening control socket;
-    `mount`: /dev/fuse, mounted, or the root of the ramfs.
+    `opener`: where a daemon without permission asks for files of the source; `mount`, the last:
+    /dev/fuse, mounted, or the root of the ramfs.
     """
 
     item: Handed
+
+
+class KillWorker(_Message, frozen=True):
+    """Daemon to zygote: end a worker, which the daemon may not signal itself."""
+
+    pid: int
+
+
+class OpenSource(_Message, frozen=True):
+    """Daemon to launcher: open a path, relative to the source's root, for reading."""
+
+    path: str
+    flags: int
+
+
+class SourceOpened(_Message, frozen=True):
+    """Launcher to daemon, with the descriptor."""
+
+
+class SourceRefused(_Message, frozen=True):
+    """Launcher to daemon: it could not be opened."""
+
+    errno: int
 
 
 class ViewChosen(_Message, frozen=True):
@@ -179,6 +203,10 @@ Message = (
     | Taken
     | Failed
     | HandOver
+    | KillWorker
+    | OpenSource
+    | SourceOpened
+    | SourceRefused
     | ViewChosen
     | Filling
     | FileMissing
@@ -190,7 +218,7 @@ Message = (
     | Detached
 )
 
-_MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, HandOver, NewZygote)
+_MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, HandOver, NewZygote, SourceOpened)
 _MAY_CARRY: Final = (Decrypted,)
 
 # What msgspec raises for bytes that are no message: besides its own errors those of text that is

@@ -10,6 +10,7 @@ Run as `python -m kmsfs.decryptor.zygote SOCKET_FD SETTINGS_FD`.
 import contextlib
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -28,20 +29,30 @@ class Zygote:
     def __init__(self, control: socket.socket, settings: KmsSettings) -> None:
         self._control = control
         self._settings = settings
+        # Of the workers, so that they can be ended without a doubt about whose number it is.
+        self._pidfds: dict[int, int] = {}
 
     def run(self) -> None:
         """Serve until the daemon closes its end."""
         while True:
             try:
-                request, fd = wire.expect(wire.receive(self._control), wire.SpawnWorker)
+                request, fd = wire.receive(self._control)
+                match request:
+                    case wire.SpawnWorker() if fd is not None:
+                        self._spawn(request.id, socket.socket(fileno=fd))
+                    case wire.KillWorker():
+                        self._kill(request.pid)
+                    case _:
+                        return
             except wire.WireError:
                 return
-            if fd is None:
-                return
-            try:
-                self._spawn(request.id, socket.socket(fileno=fd))
-            except wire.WireError:
-                return
+
+    def _kill(self, pid: int) -> None:
+        """End a worker; only one of ours, and never a process that has its number by now."""
+        pidfd = self._pidfds.get(pid)
+        if pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def _spawn(self, request_id: int, sock: socket.socket) -> None:
         zygote_pid = os.getpid()
@@ -53,6 +64,8 @@ class Zygote:
                 pid = os.fork()
                 if pid == 0:
                     self._control.close()
+                    for sibling_pidfd in self._pidfds.values():
+                        os.close(sibling_pidfd)
                     worker.main(sock, self._settings, zygote_pid)
             pidfd = os.pidfd_open(pid)
         except OSError as error:
@@ -60,10 +73,19 @@ class Zygote:
             return
         finally:
             _reap_unwatched()
-        try:
-            wire.send(self._control, wire.WorkerSpawned(id=request_id, pid=pid), [pidfd])
-        finally:
-            os.close(pidfd)
+        self._forget_ended()
+        self._pidfds[pid] = pidfd
+        wire.send(self._control, wire.WorkerSpawned(id=request_id, pid=pid), [pidfd])
+
+    def _forget_ended(self) -> None:
+        poll = select.poll()
+        for pidfd in self._pidfds.values():
+            poll.register(pidfd, select.POLLIN)
+        ended = {pidfd for pidfd, _ in poll.poll(0)}
+        for pid, pidfd in list(self._pidfds.items()):
+            if pidfd in ended:
+                os.close(pidfd)
+                del self._pidfds[pid]
 
 
 def _reap_unwatched() -> None:

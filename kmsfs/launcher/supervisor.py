@@ -8,16 +8,17 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 from kmsfs import libc
-from kmsfs.admin import control
 from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError, MountFailed, from_code
 from kmsfs.launcher import children, guarantees
 from kmsfs.launcher.children import Child
+from kmsfs.launcher.control_socket import ControlSocket
 from kmsfs.launcher.mounting import Told, open_mount
+from kmsfs.launcher.opener import SourceOpener
 from kmsfs.memory import process
 from kmsfs.settings import MountConfig
 from kmsfs.views import mountpoint as mounts
@@ -67,7 +68,8 @@ class Launcher:
         self._mount: mounts.Mount | None = None
         # Whether the mount is ours to unmount, and whether it was not there before.
         self._made = self._fresh = False
-        self._control: tuple[str, int] | None = None
+        self._control: ControlSocket | None = None
+        self._opener: SourceOpener | None = None
         self._stopping = False
         self._detached = False
         self._restarts: list[float] = []
@@ -103,16 +105,14 @@ class Launcher:
         """Watch over the mount until it is gone; returns the exit status."""
         with contextlib.closing(os.fdopen(mounts.watch_mount_table())) as table:
             while True:
-                poll = select.poll()
-                poll.register(self._signals, select.POLLIN)
+                poll = self._poll()
                 poll.register(table, select.POLLPRI)
-                if self._lifeline is not None:
-                    poll.register(self._lifeline, select.POLLIN)
-                if self._daemon is not None:
-                    poll.register(self._daemon.pidfd, select.POLLIN)
-                if self._zygote is not None:
-                    poll.register(self._zygote.pidfd, select.POLLIN)
+                for child in (self._daemon, self._zygote):
+                    if child is not None:
+                        poll.register(child.pidfd, select.POLLIN)
                 ready = {fd for fd, _ in poll.poll()}
+                if self._opener is not None and self._opener.fileno() in ready:
+                    self._answer_opener()
                 if self._signals.fileno() in ready:
                     self._on_signal(self._signals.recv(16))
                 if self._zygote is not None and self._zygote.pidfd in ready:
@@ -162,10 +162,16 @@ class Launcher:
             self._known_config, self._mount = opened.config, opened.mount
             self._made, self._fresh = opened.made, opened.fresh
             self._detached = False
-            with self._listen() as listener, children.memory_file(self._config) as config_fd:
-                self._hand_over("config", config_fd)
+            self._control = ControlSocket(opened.mount.device)
+            with self._control.listen() as listener:
                 self._hand_over("control", listener.fileno())
-                self._hand_over("mount", opened.fd)
+            with children.memory_file(self._config) as config_fd:
+                self._hand_over("config", config_fd)
+            if self._config.run_as is not None:
+                self._opener = SourceOpener(self._config.source)
+                self._hand_over("opener", self._opener.daemon_end.fileno())
+                self._opener.daemon_end.close()
+            self._hand_over("mount", opened.fd)
         self._start_zygote()
         self._await_ready()
 
@@ -228,6 +234,14 @@ class Launcher:
         except OSError as error:
             raise MountFailed(f"the mount does not answer: {error.strerror}") from error
 
+    def _poll(self) -> select.poll:
+        """Waits for a signal, the daemon's word, or its wish for a file."""
+        poll = select.poll()
+        for watched in (self._signals, self._lifeline, self._opener):
+            if watched is not None:
+                poll.register(watched, select.POLLIN)
+        return poll
+
     def _next_word(self) -> wire.Message:
         """What the daemon says next, before it is ready.
 
@@ -236,34 +250,17 @@ class Launcher:
             MountFailed: we are to end.
         """
         assert self._lifeline is not None
-        poll = select.poll()
-        poll.register(self._signals, select.POLLIN)
-        poll.register(self._lifeline, select.POLLIN)
+        poll = self._poll()
         while ready := poll.poll((_READY_S + self._config.kms.deadline_s) * 1000):
             if (self._signals.fileno(), select.POLLIN) in ready:
                 if _END_SIGNALS & set(self._signals.recv(16)):
                     raise MountFailed("interrupted before the mount was ready")
                 continue
+            if self._opener is not None and (self._opener.fileno(), select.POLLIN) in ready:
+                self._answer_opener()
+                continue
             return wire.receive(self._lifeline)[0]
         raise wire.WireError("it says nothing")
-
-    @contextlib.contextmanager
-    def _listen(self) -> Iterator[socket.socket]:
-        """The listening control socket, named after the mount's device number."""
-        assert self._mount is not None
-        uid = os.geteuid()
-        directory = control.socket_directory(uid)
-        os.makedirs(os.path.dirname(directory), mode=0o755, exist_ok=True)
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        path = control.socket_path(self._mount.device, uid)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(path)
-            self._control = path, os.stat(path).st_ino
-            os.chmod(path, 0o600)
-            listener.listen()
-            yield listener
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -286,6 +283,11 @@ class Launcher:
         if not children.readable(self._daemon.pidfd, _END_S):
             log.error("the daemon did not end on SIGTERM: killed")
             self._daemon.kill(signal.SIGKILL)
+
+    def _answer_opener(self) -> None:
+        if self._opener is not None and not self._opener.answer():
+            self._opener.close()
+            self._opener = None
 
     def _on_message(self) -> None:
         assert self._lifeline is not None
@@ -389,10 +391,9 @@ class Launcher:
         if self._lifeline is not None:
             self._lifeline.close()
             self._lifeline = None
+        if self._opener is not None:
+            self._opener.close()
+            self._opener = None
         if self._control is not None:
-            path, inode = self._control
+            self._control.remove()
             self._control = None
-            # Once unmounted, our device number may be another mount's, and the socket's path too.
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)

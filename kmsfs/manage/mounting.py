@@ -23,6 +23,7 @@ from kmsfs.settings import (
     OwnershipRule,
     RamKind,
     RamSettings,
+    RunAs,
     View,
 )
 from kmsfs.views.mountpoint import resolve
@@ -62,6 +63,7 @@ class MountOptions:
     allow_swap: bool = False
     require_all: bool = False
     strict: bool = False
+    user: str | None = None
     once: bool = False
 
 
@@ -75,6 +77,9 @@ def with_option_text(options: MountOptions, text: str) -> MountOptions:
     changes: dict[str, Any] = {}
     for item in _split(text):
         name, has_value, value = item.partition("=")
+        if name == "user" and has_value:
+            changes["user"] = value
+            continue
         if name in _ACCEPTED_OPTIONS or name.startswith("x-") or not item:
             continue
         if name == "any_key" and not has_value:
@@ -151,6 +156,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         ram=_ram_settings(options),
         require_all=options.require_all,
         strict=options.strict,
+        run_as=_run_as(options.user),
         once=options.once,
     )
 
@@ -228,10 +234,32 @@ def _view(options: MountOptions, file: VolumeFile) -> View:
         raise UsageInvalid(
             "once, ram and allow_swap are options of the ramfs view", hint="--view ramfs"
         )
+    if options.user is not None:
+        if view == "ramfs" or wants_ram:
+            raise UsageInvalid(
+                "the ramfs view sets owners, which an unprivileged user cannot",
+                hint="leave out --user, or use --view fuse",
+            )
+        return "fuse"
     if options.once and view == "auto":
         # With nobody behind it FUSE cannot be served.
         return "ramfs"
     return view
+
+
+def _run_as(name: str | None) -> RunAs | None:
+    if name is None:
+        return None
+    if os.geteuid() != 0:
+        raise UsageInvalid("only root can have the daemon run as another user")
+    uid = _uid(name)
+    if uid == 0:
+        raise UsageInvalid("--user is for a user without privileges", hint="leave it out")
+    try:
+        gid = pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        gid = uid
+    return RunAs(uid=uid, gid=gid)
 
 
 def _ram_settings(options: MountOptions) -> RamSettings:

@@ -49,6 +49,26 @@ def forbid_new_privileges() -> None:
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
 
 
+def become(uid: int, gid: int) -> None:
+    """Turn from root into an unprivileged user with no capability but that of locking memory.
+
+    Undumpable again afterwards: a change of user resets it. For a process without other threads.
+
+    Raises:
+        OSError: not root, or a limit of the user's forbids it.
+    """
+    libc.prctl(libc.PR_SET_KEEPCAPS, 1)
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        last = int(file.read())
+    for number in range(last + 1):
+        libc.prctl(libc.PR_CAPBSET_DROP, number)
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    libc.set_capabilities(frozenset({libc.CAP_IPC_LOCK}))
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
+
+
 def end_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when its parent's spawning thread ends.
 

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,7 +21,9 @@ from kmsfs.formats import kms_blob
 from kmsfs.formats.detect import SUFFIXES, Format, served_name
 from kmsfs.store.ciphertext import CiphertextFacts, FileVersion, read_facts, version_of
 
-_RESOLVE: Final = libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS
+RESOLVE: Final = libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS
+"""How every path of a source is resolved, whoever opens it."""
+
 _OPEN_TRIES: Final = 16
 
 # linux/magic.h: filesystems whose I/O ends. Others (NFS, CIFS, FUSE) may hang.
@@ -92,20 +94,34 @@ class Survey:
     ignored: tuple[tuple[str, str], ...]
 
 
+OpenForUs = Callable[[str, int], int]
+"""Opens a path of the source, given open's flags, for a process that may not. It blocks, and
+raises OSError."""
+
+
 class Source:
     """A directory of ciphertext.
+
+    Args:
+        open_for_us: asked for what this process has no permission to open.
 
     Raises:
         SourceMissing, SourceUnreadable: it cannot be opened.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, open_for_us: OpenForUs | None = None) -> None:
         try:
             self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError as error:
+            if open_for_us is None:
+                raise _translated(error, root) from error
+            self._root_fd = open_for_us(".", os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise _translated(error, root) from error
         self.root: Final = root
-        self.is_local: Final = libc.filesystem_magic(self._root_fd) in _LOCAL_MAGIC
+        self._open_for_us = open_for_us
+        on_local_disk = libc.filesystem_magic(self._root_fd) in _LOCAL_MAGIC
+        self.is_local: Final = on_local_disk and open_for_us is None
         # By source path. Examinations may run in several threads.
         self._facts: dict[str, CiphertextFacts] = {}
         self._facts_lock = threading.Lock()
@@ -281,7 +297,11 @@ class Source:
             flags |= os.O_NONBLOCK | os.O_NOCTTY
         for _ in range(_OPEN_TRIES):
             try:
-                return libc.openat2(self._root_fd, path, flags, _RESOLVE)
+                return libc.openat2(self._root_fd, path, flags, RESOLVE)
+            except PermissionError:
+                if self._open_for_us is None:
+                    raise
+                return self._open_for_us(path, flags)
             except OSError as error:
                 # A rename somewhere raced with the resolution of `..` in a link.
                 if error.errno != errno.EAGAIN:
