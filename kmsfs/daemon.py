@@ -341,6 +341,8 @@ def main(argv: list[str]) -> int:
         # Mostly the launcher found that nothing can be mounted, and says why itself.
         log.debug("nothing to serve: %s", error)
         return int(ExitCode.MOUNTPOINT)
+    if handed.config.debug:
+        eventlog.show_debug()
     if handed.config.run_as is not None:
         process.become(handed.config.run_as.uid, handed.config.run_as.gid)
     try:

@@ -101,6 +101,7 @@ class MountConfig(_Record, frozen=True):
         require_all: refuse to mount unless every file decrypts.
         strict: refuse to mount unless every promise holds in full.
         run_as: who the daemon becomes; None leaves it the mounting user.
+        debug: log more.
         once: fill the ramfs and leave it, with no process behind.
     """
 
@@ -121,6 +122,7 @@ class MountConfig(_Record, frozen=True):
     require_all: bool = False
     strict: bool = False
     run_as: RunAs | None = None
+    debug: bool = False
     once: bool = False
 
     def served_as(self, view: Literal["fuse", "ramfs"], reason: str = "") -> "MountConfig":

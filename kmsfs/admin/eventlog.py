@@ -10,9 +10,11 @@ from kmsfs.events import (
     DecryptFailed,
     Event,
     LockChanged,
+    Opened,
     OpenRefused,
     Published,
     PublishHeldBack,
+    Wiped,
     WorkerEnded,
 )
 
@@ -46,6 +48,12 @@ def set_up(target: Target, *, name: str) -> None:
     root.setLevel(logging.INFO)
 
 
+def show_debug() -> None:
+    """Also log what is only of use to find a fault. Of kmsfs alone: other libraries' logs at
+    that level may hold content."""
+    log.setLevel(logging.DEBUG)
+
+
 class _OneLine(logging.Formatter):
     """Escapes what is not printable: a file's name must not be able to forge a line."""
 
@@ -55,7 +63,8 @@ class _OneLine(logging.Formatter):
 
 
 class LogSink:
-    """EventSink that writes lines. Served opens are not logged: they are audit's matter."""
+    """EventSink that writes lines. Served opens show with `show_debug` only: they are audit's
+    matter."""
 
     def emit(self, event: Event) -> None:
         """Write a line for what an administrator would look for."""
@@ -95,5 +104,13 @@ class LogSink:
                 )
             case PublishHeldBack():
                 log.warning("files stay as they were: %s", event.reason)
-            case _:
-                pass
+            case Opened():
+                log.debug(
+                    "%s: opened by uid %d, pid %d%s",
+                    event.path,
+                    event.uid,
+                    event.pid,
+                    ", held already" if event.from_cache else "",
+                )
+            case Wiped():
+                log.debug("%s: wiped, %d bytes: %s", event.path, event.size_bytes, event.reason)

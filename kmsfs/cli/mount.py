@@ -53,6 +53,7 @@ _END_S = 20.0
 @click.option("--user", metavar="NAME", help="Have the daemon run as this unprivileged user.")
 @click.option("--once", is_flag=True, help="Fill a ramfs and leave it, with no process behind.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
+@click.option("--debug", is_flag=True, help="Log more; content is never logged.")
 @click.option(
     "-o",
     "option_texts",
@@ -82,6 +83,7 @@ def mount(
     user: str | None,
     once: bool,
     foreground: bool,
+    debug: bool,
     option_texts: tuple[str, ...],
 ) -> int:
     """Serve the ciphertext files of SOURCE as plain files at MOUNTPOINT.
@@ -116,6 +118,7 @@ def mount(
             require_all=require_all,
             strict=strict,
             user=user,
+            debug=debug,
             once=once,
         )
         for text in option_texts:

@@ -36,7 +36,9 @@ _ACCEPTED_OPTIONS: Final = frozenset(
 _VALUE_OPTIONS: Final = frozenset(
     {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view", "ram"}
 )
-_FLAG_OPTIONS: Final = frozenset({"allow_other", "allow_swap", "require_all", "strict", "once"})
+_FLAG_OPTIONS: Final = frozenset(
+    {"allow_other", "allow_swap", "require_all", "strict", "debug", "once"}
+)
 _VIEWS: Final[tuple[View, ...]] = ("auto", "fuse", "ramfs")
 _RAM_KINDS: Final[tuple[RamKind, ...]] = ("ramfs", "tmpfs")
 
@@ -64,6 +66,7 @@ class MountOptions:
     require_all: bool = False
     strict: bool = False
     user: str | None = None
+    debug: bool = False
     once: bool = False
 
 
@@ -157,6 +160,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         require_all=options.require_all,
         strict=options.strict,
         run_as=_run_as(options.user),
+        debug=options.debug,
         once=options.once,
     )
 

@@ -56,6 +56,21 @@ def test_an_event_is_a_line_or_none(stderr: io.StringIO, event: Event, line: str
     assert stderr.getvalue() == line
 
 
+def test_debug_shows_more_of_kmsfs_and_of_nobody_else(stderr: io.StringIO) -> None:
+    eventlog.show_debug()
+    try:
+        eventlog.LogSink().emit(Opened("a", 5, 6, 7, from_cache=True))
+        eventlog.LogSink().emit(Wiped("a", 9, "expired"))
+        for name in ("botocore.endpoint", "urllib3.connectionpool", "aws_encryption_sdk"):
+            logging.getLogger(name).debug("a response with its body")
+    finally:
+        logging.getLogger("kmsfs").setLevel(logging.NOTSET)
+    assert stderr.getvalue() == (
+        "kmsfs: DEBUG: a: opened by uid 5, pid 7, held already\n"
+        "kmsfs: DEBUG: a: wiped, 9 bytes: expired\n"
+    )
+
+
 def test_a_files_name_cannot_forge_a_line(stderr: io.StringIO) -> None:
     name = "a\nkmsfs: WARNING: unlocked by uid 0\x1b[2Jü\udcff"
     eventlog.LogSink().emit(DecryptFailed(name, "KeyUnusable", "off", 1))
