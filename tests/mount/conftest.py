@@ -15,11 +15,23 @@ from tests.support.strict_kms import StrictKms
 
 
 @pytest.fixture
+def view() -> str:
+    """The view that is mounted where a test does not say; empty for what kmsfs takes itself."""
+    return ""
+
+
+@pytest.fixture
 def site(
-    mountable: None, tmp_path: Path, public_directory: Path, moto_kms: MotoKms, moto_key: str
+    *,
+    mountable: None,
+    view: str,
+    tmp_path: Path,
+    public_directory: Path,
+    moto_kms: MotoKms,
+    moto_key: str,
 ) -> Iterator[Site]:
     """A source whose key is moto's; its mounts are unmounted in the end."""
-    mounter = Mounter(moto_kms.env())
+    mounter = Mounter(moto_kms.env(), view)
     made = Site(tmp_path / "site", moto_kms.env(), moto_key, moto_kms.client(), mounter)
     made.source.mkdir(parents=True)
     yield made
@@ -28,10 +40,10 @@ def site(
 
 @pytest.fixture
 def strict_site(
-    mountable: None, tmp_path: Path, strict_kms: StrictKms, kms_key: KmsKey
+    mountable: None, view: str, tmp_path: Path, strict_kms: StrictKms, kms_key: KmsKey
 ) -> Iterator[StrictSite]:
     """A source whose key is the strict stand-in's; its mounts are unmounted in the end."""
-    mounter = Mounter(strict_kms.env())
+    mounter = Mounter(strict_kms.env(), view)
     client = strict_kms.client()
     made = StrictSite(
         tmp_path / "site", strict_kms.env(), kms_key.arn, client, mounter, strict_kms, kms_key

@@ -18,15 +18,13 @@ import watchfiles
 from kmsfs.views import mountpoint as mounts
 from tests.support.commands import KMSFS, run_kmsfs
 from tests.support.mounts import (
+    SEEN_S,
     MountedVolume,
     processes_of,
     wait_gone,
     wait_until,
 )
 from tests.support.sites import Site, StrictSite
-
-# A change in the source is seen within two seconds.
-SEEN_S = 2.0
 
 HOLDER = """
 import sys

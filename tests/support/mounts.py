@@ -19,6 +19,9 @@ from tests.support.commands import Finished, run_kmsfs
 
 _WAIT_S = 10.0
 
+SEEN_S = 2.0
+"""A change in the source is seen within this, without a remount."""
+
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = _WAIT_S) -> None:
     """Poll a condition that another process brings about.
@@ -78,6 +81,15 @@ class MountedVolume:
         found = mounts.find_mount(str(self.path))
         return found if found is not None and mounts.is_ours(found) else None
 
+    def names(self, directory: str = "") -> list[str]:
+        """Served names in a directory, in order; the ramfs view's own layout is not among them."""
+        found = os.listdir(self.path / directory)
+        return sorted(name for name in found if directory or not name.startswith(".."))
+
+    def failing(self) -> dict[str, str]:
+        """The files that `kmsfs status` shows as failing, and the name of each one's error."""
+        return {item["path"]: item["reason"].partition(":")[0] for item in self.status()["failing"]}
+
     @property
     def launcher_pid(self) -> int:
         """Process id of the launcher, which is the daemon's parent."""
@@ -90,19 +102,30 @@ class MountedVolume:
 
 @dataclass
 class Mounter:
-    """Mounts volumes and cleans up after them, whatever state they are in."""
+    """Mounts volumes and cleans up after them, whatever state they are in.
+
+    Attributes:
+        view: what is mounted unless the test says otherwise; empty for what kmsfs takes itself.
+    """
 
     env: Mapping[str, str]
+    view: str = ""
     mounted: list[MountedVolume] = field(default_factory=list)
 
     def mount(
-        self, source: Path, path: Path, *arguments: str, env: Mapping[str, str] | None = None
+        self,
+        source: Path,
+        path: Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        exit_code: int = 0,
     ) -> MountedVolume:
         """Mount in the background, as a user would; the mount is ready on return."""
         path.mkdir(exist_ok=True)
         volume = MountedVolume(source, path, env or self.env)
         self.mounted.append(volume)
-        volume.kmsfs("mount", source, path, *arguments)
+        view = ("--view", self.view) if self.view else ()
+        volume.kmsfs("mount", source, path, *view, *arguments, exit_code=exit_code)
         return volume
 
     def clean_up(self) -> list[str]:
