@@ -1,6 +1,5 @@
 """Each row of the errno table, through a real mount, in the words of a real program."""
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -203,17 +202,6 @@ def test_unbound_file_in_a_volume_is_bad_message_unless_named(strict_site: Stric
     status = volume.status()
     assert status["unbound"] == ["named"]
     assert reason_of(volume, "unnamed") == "NotBound"
-
-
-def test_two_sources_for_one_name_are_not_unique(strict_site: StrictSite) -> None:
-    site = strict_site
-    blob = site.blob(site.secret("twice", 40))
-    site.write("twice.encrypted", blob)
-    site.write("twice.kms", blob)
-    volume = site.mount()
-    assert os.listdir(volume.path) == ["twice"]
-    assert strerror_of_cat(volume.path / "twice") == "Name not unique on network"
-    assert reason_of(volume, "twice") == "NameConflict"
 
 
 def test_file_above_the_limit_is_too_large_and_budget_is_out_of_memory(

@@ -14,7 +14,6 @@ from kmsfs.views import mountpoint as mounts
 from tests.support.commands import KMSFS, run_kmsfs
 from tests.support.mounts import (
     MountedVolume,
-    children_of,
     process_name,
     processes_of,
     strerror_of_cat,
@@ -56,32 +55,6 @@ def assert_all_end(pids: list[int], volume: MountedVolume) -> None:
     assert os.listdir(volume.path) == []
 
 
-def test_umount_command_returns_when_every_process_has_ended(served: MountedVolume) -> None:
-    pids = processes_of(served.path)
-    assert len(pids) >= 4
-    served.umount()
-    for pid in pids:
-        wait_gone(pid, timeout_s=1.0)
-    assert_all_end(pids, served)
-
-
-def test_plain_umount_ends_everything(served: MountedVolume) -> None:
-    pids = processes_of(served.path)
-    subprocess.run(["umount", served.path], check=True)
-    assert_all_end(pids, served)
-
-
-def test_sigterm_unmounts_and_ends_everything_even_when_busy(served: MountedVolume) -> None:
-    pids = processes_of(served.path)
-    with (served.path / "key").open("rb", buffering=0) as opened:
-        os.kill(served.launcher_pid, signal.SIGTERM)
-        for pid in pids:
-            wait_gone(pid)
-        with pytest.raises(OSError, match=r"not connected|abort"):
-            opened.read()
-    assert_all_end(pids, served)
-
-
 def test_lazy_umount_wipes_what_is_not_open_and_the_rest_at_its_last_close(site: Site) -> None:
     site.make_volume()
     content = site.secret("open", 5000)
@@ -97,25 +70,6 @@ def test_lazy_umount_wipes_what_is_not_open_and_the_rest_at_its_last_close(site:
         wait_until(lambda: locked_pages(daemon_pid) == two_files - 2, "the closed one is wiped")
         assert opened.read() == content
     assert_all_end(pids, volume)
-
-
-def test_busy_mount_is_refused_and_says_who_holds_it(served: MountedVolume) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; f = open(sys.argv[1]); print(1, flush=True); input()"]
-        + [str(served.path / "key")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        done = served.kmsfs("umount", served.path, exit_code=None)
-        assert done.exit_code == 7
-        assert f"(pid {holder.pid}) with {served.path}/key open" in done.stderr
-        assert "kmsfs: hint: " in done.stderr
-        assert served.mount is not None
-    finally:
-        holder.communicate(b"\n")
 
 
 def test_unmounting_what_is_not_mounted_is_a_clear_error(site: Site, tmp_path: Path) -> None:
@@ -145,13 +99,6 @@ def test_unusable_mountpoint_is_refused_with_what_to_do(
     assert done.exit_code == 7
     assert re.match(rf"kmsfs: error: {mountpoint}.* {expected}", done.stderr)
     assert processes_of(mountpoint) == []
-
-
-def test_mounting_over_a_live_mount_is_refused(served: MountedVolume) -> None:
-    done = served.kmsfs("mount", served.source, served.path, exit_code=None)
-    assert done.exit_code == 7
-    assert f"kmsfs: hint: kmsfs umount {served.path}" in done.stderr
-    assert len((served.path / "key").read_bytes()) == 5000
 
 
 def test_mounting_over_the_source_or_inside_it_is_refused(site: Site) -> None:
@@ -275,17 +222,6 @@ def test_mounting_that_is_interrupted_leaves_nothing_mounted(
     assert processes_of(mountpoint) == []
 
 
-def test_background_mount_keeps_no_terminal_and_no_pipe_of_its_caller(site: Site) -> None:
-    site.make_volume()
-    # capture_output would wait for ever if a child kept the pipes.
-    volume = site.mount()
-    launcher_pid = volume.launcher_pid
-    for pid in (launcher_pid, *children_of(launcher_pid)):
-        targets = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)}
-        assert targets == {"/dev/null"}
-    assert os.getsid(launcher_pid) == launcher_pid
-
-
 def test_mounting_with_closed_standard_streams_serves(site: Site, tmp_path: Path) -> None:
     site.make_volume()
     content = site.secret("key", 100)
@@ -306,34 +242,6 @@ def test_a_source_whose_path_is_not_utf_8_is_refused(site: Site, tmp_path: Path)
     mountpoint.mkdir()
     done = run_kmsfs(["mount", source, mountpoint, "--any-key"], env=site.env, exit_code=2)
     assert "is not UTF-8" in done.stderr
-
-
-def test_two_mounts_of_one_volume_are_apart(site: Site, tmp_path: Path) -> None:
-    site.make_volume()
-    content = site.secret("key", 100)
-    site.encrypt("key", content)
-    one, two = site.mount(), site.mount(path=tmp_path / "other")
-    one.kmsfs("lock", one.path)
-    assert (two.path / "key").read_bytes() == content
-    assert strerror_of_cat(one.path / "key") == "Required key not available"
-    everything = run_kmsfs(["status"], env=site.env).output
-    assert str(one.path) in everything
-    assert str(two.path) in everything
-
-
-def test_mount_options_do_what_the_options_of_the_same_name_do(site: Site) -> None:
-    content = site.secret("key", 100)
-    site.encrypt_with_aws_cli("key.encrypted", content)
-    volume = site.mount(
-        "-o",
-        f"ro,nofail,_netdev,x-systemd.automount,key_id={site.key_arn},mode=0440",
-        "-o",
-        "group=daemon",
-        key=None,
-    )
-    info = (volume.path / "key").stat()
-    assert (info.st_mode & 0o777, (volume.path / "key").group()) == (0o440, "daemon")
-    assert (volume.path / "key").read_bytes() == content
 
 
 def test_unknown_mount_option_is_refused(site: Site, tmp_path: Path) -> None:

@@ -48,11 +48,11 @@ def key_pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def mounted_key(site: Site, key_pair: tuple[Path, Path]) -> MountedVolume:
-    """A volume that serves the key as `nginx/ssl.pem`."""
+def mounted_key(site: Site, key_pair: tuple[Path, Path], public_directory: Path) -> MountedVolume:
+    """A volume that serves the key as `nginx/ssl.pem`, where other users can get to it."""
     site.make_volume()
     site.encrypt("nginx/ssl.pem", key_pair[1].read_bytes())
-    return site.mount()
+    return site.mount(path=public_directory / "mnt")
 
 
 def test_nginx_completes_a_tls_handshake_with_its_key_on_the_mount(
