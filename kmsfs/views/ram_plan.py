@@ -209,7 +209,7 @@ def settle(
             failed[path] = result
     return NextSet(
         files=dict(sorted(files.items())),
-        directories=survey.directories,
+        directories=tuple(path for path in survey.directories if not is_reserved(path)),
         fresh=frozenset(fresh),
         stale=stale,
         failed=failed,

@@ -68,6 +68,27 @@ def test_a_name_that_is_not_utf_8_is_not_served_and_said(strict_site: StrictSite
     assert [item["reason"] for item in volume.status()["ignored"]] == ["its name is not UTF-8"]
 
 
+def test_names_of_the_atomic_writers_layout_are_taken_in_a_ramfs_only(
+    site: Site, view: str
+) -> None:
+    site.make_volume()
+    plaintext = site.secret("dots", 40)
+    for name in ("..data/key", "..hidden", "sub/..fine", "good"):
+        site.encrypt(name, plaintext)
+    (site.source / "..state").mkdir()
+    volume = site.mount(exit_code=exit_code_of_mount(view))
+    for name in ("sub/..fine", "good"):
+        assert (volume.path / name).read_bytes() == plaintext
+    if view == "fuse":
+        for name in ("..data/key", "..hidden"):
+            assert (volume.path / name).read_bytes() == plaintext
+        assert volume.names("..state") == []
+    else:
+        for name in ("..data/key", "..hidden"):
+            assert not (volume.path / name).exists()
+        assert volume.failing() == {"..data/key": "NameReserved", "..hidden": "NameReserved"}
+
+
 def test_links_are_followed_inside_the_source_only(site: Site, tmp_path: Path) -> None:
     plaintext = site.secret("linked", 64)
     site.encrypt_with_aws_cli("real.encrypted", plaintext)
