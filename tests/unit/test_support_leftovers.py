@@ -61,3 +61,12 @@ def test_mount_below_the_tests_directory_is_unmounted_and_named(tmp_path: Path) 
         os.close(fd)
     assert leftovers.clean_up(leftovers.children(), tmp_path) == [f"mount {place}"]
     assert mounts.find_mount(str(place)) is None
+
+
+def test_ramfs_of_kmsfs_below_the_tests_directory_is_unmounted_and_named(tmp_path: Path) -> None:
+    require_mount()
+    place = tmp_path / "mnt"
+    place.mkdir()
+    libc.mount(mounts.RAM_SOURCE_PREFIX + "source", str(place), "ramfs", 0, "mode=0700")
+    assert leftovers.clean_up(leftovers.children(), tmp_path) == [f"mount {place}"]
+    assert mounts.find_mount(str(place)) is None
