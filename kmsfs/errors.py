@@ -300,14 +300,6 @@ class RamLimitReached(KmsfsError):
     hint = "raise max_bytes under [cache]"
 
 
-class NameReserved(KmsfsError):
-    """The ramfs view's layout has names of its own, which no file can be served under."""
-
-    errno = errno.ENOTUNIQ
-    exit_code = ExitCode.USAGE
-    hint = "rename it so that it does not begin with two dots"
-
-
 class GuaranteeNotMet(KmsfsError):
     """A guarantee that was asked for cannot be given on this machine."""
 

@@ -5,12 +5,11 @@ out of it, and opened without blocking, so that a FIFO cannot hold anybody up. A
 synchronous disk I/O; on a filesystem that can hang (`is_local` is false) they belong in a thread.
 """
 
-import contextlib
 import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,6 +19,7 @@ from kmsfs.errors import SourceMissing, SourceUnreadable
 from kmsfs.formats import kms_blob
 from kmsfs.formats.detect import SUFFIXES, Format, served_name
 from kmsfs.store.ciphertext import CiphertextFacts, FileVersion, read_facts, version_of
+from kmsfs.store.names import ancestors, is_hidden, is_utf8, join
 
 RESOLVE: Final = libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS
 """How every path of a source is resolved, whoever opens it."""
@@ -228,7 +228,7 @@ class Source:
     # --- one file ----------------------------------------------------------------------------
 
     def _examine(self, directory: str, name: str) -> SourceNode | None:
-        if name == VOLUME_FILE_NAME or not _is_utf8(name):
+        if name == VOLUME_FILE_NAME or not is_utf8(name) or is_hidden(directory, name):
             return None
         source_path = join(directory, name)
         info = self._stat(source_path)
@@ -331,12 +331,14 @@ class Source:
                 return False
         finally:
             os.close(fd)
-        above = (self._stat(ancestor or ".") for ancestor in _ancestors(directory))
+        above = (self._stat(ancestor or ".") for ancestor in ancestors(directory))
         return any(a is not None and os.path.samestat(a, info) for a in above)
 
     def _why_ignored(self, path: str) -> str:
-        if not _is_utf8(path):
+        if not is_utf8(path):
             return "its name is not UTF-8"
+        if is_hidden(*path.rpartition("/")[::2]):
+            return "names that begin with two dots are not served at the top"
         try:
             fd = self._open(path, os.O_PATH)
         except OSError as error:
@@ -359,18 +361,6 @@ class Source:
         return "of no known format"
 
 
-def join(directory: str, name: str) -> str:
-    """A path relative to the source; the root is the empty string."""
-    return f"{directory}/{name}" if directory else name
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition("/")[0]
-    yield ""
-
-
 def _chosen(found: list[SourceNode]) -> SourceNode | None:
     """One node for one name: a directory before files, a file with its rivals named."""
     for node in found:
@@ -382,13 +372,6 @@ def _chosen(found: list[SourceNode]) -> SourceNode | None:
     if not files:
         return None
     return replace(files[0], rivals=tuple(f.source_path for f in files[1:]))
-
-
-def _is_utf8(name: str) -> bool:
-    with contextlib.suppress(UnicodeEncodeError):
-        name.encode()
-        return True
-    return False
 
 
 def _translated(error: OSError, path: str) -> SourceMissing | SourceUnreadable:

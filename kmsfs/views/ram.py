@@ -41,8 +41,8 @@ _SETTLE_S: Final = 1.0
 # Made in a row while the source changes under them; the next refresh tries again.
 _MAX_ATTEMPTS: Final = 5
 
-# Between two refreshes that nothing but the time asks for.
-_MIN_PAUSE_S: Final = 0.1
+# Before what is overdue is tried again.
+_OVERDUE_PAUSE_S: Final = 1.0
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -92,6 +92,7 @@ class RamView:
         self._published = False
         self._directories: tuple[str, ...] = ()
         self._troubles: dict[str, Trouble] = {}
+        self._held_back: frozenset[str] = frozenset()
         self._busy = trio.Lock()
         self._wake = trio.Event()
         self._stopped = trio.Event()
@@ -223,7 +224,13 @@ class RamView:
             for path, error in decided.known.items():
                 self._volume.cache.note_failure(path, error)
             following = ram_plan.settle(
-                survey, decided, outcomes, self.shown, cache=cache, now=boot_clock_s()
+                survey,
+                decided,
+                outcomes,
+                self.shown,
+                self._held_back,
+                cache=cache,
+                now=boot_clock_s(),
             )
             if not self._shows(following):
                 moved = not ram_plan.is_same_source(survey, await self._volume.survey())
@@ -233,6 +240,7 @@ class RamView:
                     return False
                 await self._publish(filling, following)
             self.shown, self._directories = following.files, following.directories
+            self._held_back = following.held_back
             self.stale, self.missing, self.problem = following.stale, following.failed, ""
             return True
         except OSError as error:
@@ -270,7 +278,10 @@ class RamView:
             self._refreshed.set()
             self._refreshed = trio.Event()
             due_s = ram_plan.next_due_s(self.shown, self._troubles, self._config.cache)
-            pause_s = max(_MIN_PAUSE_S, due_s - boot_clock_s())
+            pause_s = due_s - boot_clock_s()
+            if pause_s <= 0:
+                # What could not be done just now.
+                pause_s = _OVERDUE_PAUSE_S
             self._refresh_at = min(self._refresh_at, trio.current_time() + pause_s)
 
     def _note_problem(self, problem: str) -> None:

@@ -15,13 +15,12 @@ from typing import Final
 
 import msgspec
 
-from kmsfs.errors import CiphertextInvalid, ExitCode, KmsfsError, NameReserved, RamLimitReached
+from kmsfs.errors import CiphertextInvalid, ExitCode, KmsfsError, RamLimitReached
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import CacheSettings
 from kmsfs.store.cache import kms_is_away
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.source import SourceFile, Survey
-from kmsfs.views.ram_tree import is_reserved
 
 # A file that fails is asked for again after this, and after twice as long each time.
 _FIRST_RETRY_S: Final = 1.0
@@ -97,6 +96,7 @@ class NextSet:
 
     Attributes:
         fresh: paths whose content was written for this set; all others are linked.
+        held_back: paths whose change waits until KMS can be asked for all that changed.
         stale: files shown although KMS could not be asked, with why not.
         failed: files not shown, with why not.
     """
@@ -104,6 +104,7 @@ class NextSet:
     files: dict[str, RamFile]
     directories: tuple[str, ...]
     fresh: frozenset[str]
+    held_back: frozenset[str] = frozenset()
     stale: dict[str, KmsfsError] = field(default_factory=dict)
     failed: dict[str, KmsfsError] = field(default_factory=dict)
 
@@ -127,9 +128,8 @@ def plan(
     for file in survey.files:
         old = shown.get(file.path)
         trouble = troubles.get(file.path)
-        unservable = _unservable(file)
-        if unservable is not None:
-            known[file.path] = unservable
+        if file.problem and not file.rivals:
+            known[file.path] = CiphertextInvalid(file.problem)
         elif trouble is not None and trouble.version == file.version and now < trouble.again_at_s:
             known[file.path] = trouble.error
         elif old is not None and old.is_of(file) and now < old.decrypted_at_s + cache.lifetime_s:
@@ -164,6 +164,7 @@ def settle(
     decided: Plan,
     outcomes: Mapping[str, Outcome],
     shown: Mapping[str, RamFile],
+    waiting: frozenset[str] = frozenset(),
     *,
     cache: CacheSettings,
     now: float,
@@ -172,18 +173,25 @@ def settle(
 
     Args:
         outcomes: of every file in `decided.ask`.
+        waiting: `held_back` of the set before. They count as changed, though they may not be
+            shown any more, their old version being past its time.
     """
     by_path = {file.path: file for file in survey.files}
     results: dict[str, Outcome] = {**decided.known, **outcomes}
     changed = {
         path
         for path, result in results.items()
-        if path in shown and _differs(shown[path], result, by_path[path])
+        if path in waiting or (path in shown and _differs(shown[path], result, by_path[path]))
     }
-    hold_back = any(
-        isinstance(result, KmsfsError) and path in changed and kms_is_away(result)
-        for path, result in results.items()
+    away = next(
+        (
+            result
+            for path, result in results.items()
+            if path in changed and isinstance(result, KmsfsError) and kms_is_away(result)
+        ),
+        None,
     )
+    held_back = frozenset(changed) if away is not None else frozenset()
     files = dict(decided.keep)
     fresh: set[str] = set()
     stale: dict[str, KmsfsError] = {}
@@ -191,29 +199,32 @@ def settle(
     for path, result in results.items():
         old = shown.get(path)
         if isinstance(result, RamFile):
-            if path in changed and hold_back:
-                assert old is not None
-                files[path] = old
-            else:
+            if away is None or path not in held_back:
                 files[path] = result
                 if old is None or path in changed:
                     fresh.add(path)
-            continue
-        good_until = (
-            -math.inf if old is None else old.decrypted_at_s + cache.lifetime_s + cache.stale_s
-        )
-        if old is not None and kms_is_away(result) and now < good_until:
-            files[path] = old
-            stale[path] = result
+                continue
+            error: KmsfsError = away
         else:
-            failed[path] = result
+            error = result
+        if old is not None and kms_is_away(error) and now < _last_moment(old, cache):
+            files[path] = old
+            stale[path] = error
+        else:
+            failed[path] = error
     return NextSet(
         files=dict(sorted(files.items())),
-        directories=tuple(path for path in survey.directories if not is_reserved(path)),
+        directories=survey.directories,
         fresh=frozenset(fresh),
+        held_back=held_back,
         stale=stale,
         failed=failed,
     )
+
+
+def _last_moment(file: RamFile, cache: CacheSettings) -> float:
+    """Until when a file may be shown that KMS cannot be asked for again."""
+    return file.decrypted_at_s + cache.lifetime_s + cache.stale_s
 
 
 def is_same_source(one: Survey, other: Survey) -> bool:
@@ -233,11 +244,7 @@ def next_due_s(
         if path not in troubles
     ]
     # A file that is shown past its time is taken away when its last one has come.
-    ends = [
-        files[path].decrypted_at_s + cache.lifetime_s + cache.stale_s
-        for path in troubles
-        if path in files
-    ]
+    ends = [_last_moment(files[path], cache) for path in troubles if path in files]
     return min((*expiries, *ends, *(t.again_at_s for t in troubles.values())), default=math.inf)
 
 
@@ -246,14 +253,6 @@ def _differs(old: RamFile, result: Outcome, file: SourceFile) -> bool:
         # It may be newer than the survey.
         return (old.source_path, old.version) != (result.source_path, result.version)
     return not old.is_of(file)
-
-
-def _unservable(file: SourceFile) -> KmsfsError | None:
-    if is_reserved(file.path):
-        return NameReserved(f"{file.path} would collide with the layout of the ramfs view")
-    if file.problem and not file.rivals:
-        return CiphertextInvalid(file.problem)
-    return None
 
 
 def _is_in(path: str, directory: str) -> bool:

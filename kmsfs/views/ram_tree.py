@@ -14,6 +14,8 @@ kernel says that nobody holds it: a write lease is granted on a file that no oth
 no map refers to (fcntl(2), F_SETLEASE). So no reader ever sees zeros, and what a killed process
 left is found again.
 
+A source serves no name at its top that begins with two dots, so the layout's own are free.
+
 Everything here is synchronous and does not wait for anybody. Plaintext is written by the caller,
 into descriptors made here.
 """
@@ -52,11 +54,6 @@ _PRIVATE: Final = 0o700
 
 _ZEROS: Final = bytes(1 << 20)
 _MAX_STATE_BYTES: Final = 64 << 20
-
-
-def is_reserved(path: str) -> bool:
-    """Whether a served path would collide with the layout's own names."""
-    return path.startswith("..")
 
 
 def ignore_lease_breaks() -> None:

@@ -279,7 +279,7 @@ def test_every_error_of_an_open_is_in_the_table() -> None:
         errors.MountpointUnusable, errors.MountFailed, errors.FuseUnavailable,
         errors.ControlUnavailable, errors.SourceMissing,
         # Of the ramfs view, whose files are simply not there.
-        errors.RamLimitReached, errors.NameReserved,
+        errors.RamLimitReached,
     }  # fmt: skip
     told = {cls for classes in _HAPPENED.values() for cls in classes}
 

@@ -13,7 +13,6 @@ from kmsfs.errors import (
     KeyAccessDenied,
     KmsfsError,
     KmsUnreachable,
-    NameReserved,
     RamLimitReached,
 )
 from kmsfs.formats.detect import Format
@@ -90,15 +89,10 @@ def test_only_new_changed_and_expired_files_are_asked_for() -> None:
     ]
 
 
-def test_names_of_the_layout_and_hopeless_files_are_not_asked_for() -> None:
-    found = survey(source_file("..data"), source_file("..x/y"), source_file("cut", problem="cut"))
-    decided = ram_plan.plan(found, {}, {}, CACHE, NOW)
+def test_hopeless_files_are_not_asked_for() -> None:
+    decided = ram_plan.plan(survey(source_file("cut", problem="cut")), {}, {}, CACHE, NOW)
     assert decided.ask == ()
-    assert [type(decided.known[path]) for path in ("..data", "..x/y", "cut")] == [
-        NameReserved,
-        NameReserved,
-        CiphertextInvalid,
-    ]
+    assert isinstance(decided.known["cut"], CiphertextInvalid)
 
 
 def test_what_does_not_fit_is_not_asked_for_and_a_smaller_one_after_it_is() -> None:
@@ -170,7 +164,28 @@ def test_without_kms_for_one_changed_file_no_changed_file_is_shown() -> None:
         "new": outcomes["new"],
     }
     assert following.fresh == {"new"}
-    assert following.stale == {"key": AWAY}
+    assert following.stale == {"cert": AWAY, "key": AWAY}
+    assert following.held_back == {"cert", "key"}
+
+
+def test_a_file_that_waits_for_another_goes_when_its_time_is_over_and_waits_on() -> None:
+    files = [source_file("cert", 2), source_file("key", 2)]
+    shown = {"cert": ram_file("cert", at=NOW - 160), "key": ram_file("key")}
+    outcomes: dict[str, Outcome] = {"cert": ram_file("cert", 2), "key": AWAY}
+    following = settled(files, shown, outcomes)
+    assert following.files == {"key": shown["key"]}
+    assert (following.failed, following.held_back) == ({"cert": AWAY}, {"cert", "key"})
+    decided = ram_plan.plan(survey(*files), following.files, {}, CACHE, NOW)
+    later = ram_plan.settle(
+        survey(*files), decided, outcomes, following.files, following.held_back,
+        cache=CACHE, now=NOW,
+    )  # fmt: skip
+    assert later.files == {"key": shown["key"]}
+    back: dict[str, Outcome] = {"cert": ram_file("cert", 2), "key": ram_file("key", 2)}
+    last = ram_plan.settle(
+        survey(*files), decided, back, following.files, following.held_back, cache=CACHE, now=NOW
+    )
+    assert (last.files, last.fresh, last.held_back) == (back, {"cert", "key"}, frozenset())
 
 
 def test_a_refusal_does_not_hold_the_others_back() -> None:

@@ -68,25 +68,32 @@ def test_a_name_that_is_not_utf_8_is_not_served_and_said(strict_site: StrictSite
     assert [item["reason"] for item in volume.status()["ignored"]] == ["its name is not UTF-8"]
 
 
-def test_names_of_the_atomic_writers_layout_are_taken_in_a_ramfs_only(
-    site: Site, view: str
-) -> None:
+def test_names_that_begin_with_two_dots_are_not_served_at_the_top(site: Site) -> None:
     site.make_volume()
     plaintext = site.secret("dots", 40)
     for name in ("..data/key", "..hidden", "sub/..fine", "good"):
         site.encrypt(name, plaintext)
     (site.source / "..state").mkdir()
-    volume = site.mount(exit_code=exit_code_of_mount(view))
+    volume = site.mount()
     for name in ("sub/..fine", "good"):
         assert (volume.path / name).read_bytes() == plaintext
-    if view == "fuse":
-        for name in ("..data/key", "..hidden"):
-            assert (volume.path / name).read_bytes() == plaintext
-        assert volume.names("..state") == []
-    else:
-        for name in ("..data/key", "..hidden"):
-            assert not (volume.path / name).exists()
-        assert volume.failing() == {"..data/key": "NameReserved", "..hidden": "NameReserved"}
+    for name in ("..data/key", "..hidden"):
+        assert not (volume.path / name).exists()
+    reasons = {item["path"]: item["reason"] for item in volume.status()["ignored"]}
+    assert set(reasons) == {"..data", "..hidden.encrypted", "..state"}
+    assert set(reasons.values()) == {"names that begin with two dots are not served at the top"}
+
+
+def test_a_source_in_the_layout_of_the_atomic_writer_is_served_once(site: Site) -> None:
+    site.make_volume("**")
+    plaintext = site.secret("mounted secret", 40)
+    site.encrypt_with_aws_cli("..2026_11_24/key.encrypted", plaintext)
+    (site.source / "..data").symlink_to("..2026_11_24")
+    (site.source / "key.encrypted").symlink_to("..data/key.encrypted")
+    volume = site.mount()
+    assert volume.names() == ["key"]
+    assert (volume.path / "key").read_bytes() == plaintext
+    assert volume.status()["served"] == 1
 
 
 def test_links_are_followed_inside_the_source_only(site: Site, tmp_path: Path) -> None:
