@@ -17,7 +17,7 @@ from tests.support.requirements import require_mount
 from tests.support.strict_keys import KmsKey
 from tests.support.strict_kms import StrictKms
 
-pytest_plugins = ["tests.support.watch"]
+pytest_plugins = ["tests.support.watch", "tests.support.site_fixtures"]
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
-from tests.support.commands import run_kmsfs
+from tests.support import without_memfd_secret
 from tests.support.mounts import (
     MountedVolume,
     process_name,
@@ -16,8 +15,6 @@ from tests.support.mounts import (
     wait_until,
 )
 from tests.support.sites import StrictSite
-
-WITHOUT_MEMFD_SECRET = (sys.executable, "-m", "tests.support.without_memfd_secret")
 
 
 def the_worker(volume: MountedVolume) -> int:
@@ -127,19 +124,15 @@ def test_without_memfd_secret_plaintext_lies_in_a_locked_memfd_and_status_says_s
     plaintext = site.secret("file", 20_000)
     site.make_volume()
     site.encrypt("file", plaintext)
-    mountpoint = site.directory / "mnt"
-    mountpoint.mkdir()
-    run_kmsfs(["mount", site.source, mountpoint], env=site.env, prefix=WITHOUT_MEMFD_SECRET)
-    volume = MountedVolume(site.source, mountpoint, site.env)
-    site.mounter.mounted.append(volume)
+    volume = site.mount(prefix=without_memfd_secret.PREFIX)
     daemon_pid = volume.status()["daemon_pid"]
     before = locked_kib(daemon_pid)
-    assert (mountpoint / "file").read_bytes() == plaintext
+    assert (volume.path / "file").read_bytes() == plaintext
     status = volume.status()
     assert status["plaintext_in"] == ["memfd"]
     assert any("memfd_secret" in text for text in status["weaknesses"])
     assert locked_kib(daemon_pid) == before + 20
-    volume.kmsfs("lock", mountpoint)
+    volume.kmsfs("lock", volume.path)
     assert locked_kib(daemon_pid) == before
 
 

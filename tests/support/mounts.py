@@ -6,7 +6,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,23 @@ class Mounter:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         exit_code: int = 0,
+        prefix: Sequence[str] = (),
     ) -> MountedVolume:
-        """Mount in the background, as a user would; the mount is ready on return."""
+        """Mount in the background, as a user would; the mount is ready on return.
+
+        Args:
+            prefix: a program to run the command under, with its arguments.
+        """
         path.mkdir(exist_ok=True)
         volume = MountedVolume(source, path, env or self.env)
         self.mounted.append(volume)
         view = ("--view", self.view) if self.view else ()
-        volume.kmsfs("mount", source, path, *view, *arguments, exit_code=exit_code)
+        run_kmsfs(
+            ["mount", source, path, *view, *arguments],
+            env=volume.env,
+            exit_code=exit_code,
+            prefix=prefix,
+        )
         return volume
 
     def clean_up(self) -> list[str]:

@@ -4,7 +4,7 @@ import base64
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,18 +131,20 @@ class Site:
         key: str | None = "",
         env: Mapping[str, str] | None = None,
         exit_code: int = 0,
+        prefix: Sequence[str] = (),
     ) -> MountedVolume:
         """`kmsfs mount`, with this site's key where the source has no kmsfs.toml.
 
         Args:
             exit_code: what the command must end with; the mount is there in any case.
+            prefix: a program to run the command under, with its arguments.
         """
         if key == "":
             key = None if (self.source / "kmsfs.toml").exists() else self.key_arn
         keys = () if key is None else ("--key-id", key)
         where = path or self.directory / "mnt"
         return self.mounter.mount(
-            self.source, where, *keys, *arguments, env=env, exit_code=exit_code
+            self.source, where, *keys, *arguments, env=env, exit_code=exit_code, prefix=prefix
         )
 
     def error_of_cat(self, path: Path) -> str:

@@ -14,6 +14,9 @@ import sys
 
 from kmsfs import libc
 
+PREFIX = (sys.executable, "-m", "tests.support.without_memfd_secret")
+"""Put before a command's own words."""
+
 _SYS_MEMFD_SECRET = 447
 
 # linux/filter.h, linux/seccomp.h, linux/prctl.h

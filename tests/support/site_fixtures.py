@@ -1,4 +1,4 @@
-"""Fixtures of the tests that mount for real."""
+"""Fixtures of all tests that mount for real."""
 
 import shutil
 import tempfile
