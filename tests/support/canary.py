@@ -1,8 +1,9 @@
 """The canary: a mark in every test's plaintext, and a watch on every place it must not reach.
 
 `secret` makes plaintexts that carry the mark. The plugin below then fails any test where the
-mark shows, raw, in hex or in base64, on standard output or error, in a log record, in the text
-of an error of kmsfs, or in a file under the test's `tmp_path` where plaintext has no business.
+mark shows, raw or in any of its `encodings`, on standard output or error, in a log record, in the
+text of an error of kmsfs, or in a file under the test's `tmp_path` where plaintext has no
+business.
 `@pytest.mark.plaintext_on("stdout", ...)` names streams of a test where it belongs: `stdout`,
 `stderr`, `log`, `error`, `files`.
 """
@@ -37,22 +38,35 @@ def secret(label: str, size_bytes: int) -> bytes:
     return b"".join(parts)[:size_bytes]
 
 
-def _encodings() -> tuple[bytes, ...]:
-    raw = MARK.encode()
-    found = [raw, raw.hex().encode(), raw.hex().upper().encode()]
+def encodings(mark: bytes) -> dict[str, bytes]:
+    """What a mark of ASCII characters looks like in memory or in text, by the name of the form.
+
+    Raw, in hex, in UTF-16 and UTF-32, and in base64 of both alphabets at each of the three
+    alignments, without the characters at both ends that depend on what lies around.
+    """
+    text = mark.decode("ascii")
+    found = {"raw": mark, "hex": mark.hex().encode(), "HEX": mark.hex().upper().encode()}
+    for name in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        found[name] = text.encode(name)
     for shift in range(3):
-        # The characters at both ends also depend on what lies around.
-        text = base64.b64encode(bytes(shift) + raw + bytes(2))
+        whole = base64.b64encode(bytes(shift) + mark + bytes(2))
         first = 0 if shift == 0 else shift + 1
-        whole_groups = (shift + len(raw)) * 8 // 6
-        found += [text[first:whole_groups], text[first:whole_groups].translate(_URL_SAFE)]
-    return tuple(dict.fromkeys(found))
+        standard = whole[first : (shift + len(mark)) * 8 // 6]
+        found[f"base64 at {shift}"] = standard
+        if (url_safe := standard.translate(_URL_SAFE)) != standard:
+            found[f"base64url at {shift}"] = url_safe
+    return found
 
 
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
-ENCODINGS = _encodings()
-"""The mark raw, in hex, and in base64 at each of the three alignments."""
+ENCODINGS = tuple(encodings(MARK.encode()).values())
+"""The mark in each form."""
+
+
+def forms_of(label: str) -> dict[str, bytes]:
+    """The forms of what `secret` repeats for this label, and for all that begin with it."""
+    return encodings(f"{MARK}:{label}".encode())
 
 
 def carries(data: bytes | str) -> bool:

@@ -80,6 +80,7 @@ class StrictState:
         slow_contexts: (key, value) of an encryption context to seconds.
         verify_signatures: off saves the time in benchmarks.
         role_lifetime_s: of roles taken on; None for what was asked for.
+        waiting: requests that are being answered slowly now.
     """
 
     def __init__(self, *, verify_signatures: bool = True) -> None:
@@ -87,6 +88,7 @@ class StrictState:
         self.latency_s = 0.0
         self.slow_contexts: dict[tuple[str, str], float] = {}
         self.role_lifetime_s: float | None = None
+        self.waiting = 0
         self.stopping = threading.Event()
         self._lock = threading.RLock()
         self._called = threading.Condition(self._lock)
@@ -376,7 +378,11 @@ class StrictState:
     def wait(self, seconds: float) -> None:
         """Take so long, less when the server stops."""
         if seconds > 0:
+            with self._lock:
+                self.waiting += 1
             self.stopping.wait(seconds)
+            with self._lock:
+                self.waiting -= 1
 
     def _add(self, identity: Identity) -> Identity:
         with self._lock:
