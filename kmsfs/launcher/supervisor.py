@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from kmsfs import libc
 from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError, MountFailed, from_code
 from kmsfs.launcher import children, guarantees
@@ -85,7 +84,8 @@ class Launcher:
             KmsfsError: why it cannot be; nothing is left mounted or running.
         """
         self._catch_signals()
-        libc.set_process_name("kmsfs-launcher")
+        # Its environment may hold AWS credentials.
+        process.harden("kmsfs-launcher")
         try:
             self._start_daemon()
             self._known_config = self._make_config()
