@@ -81,9 +81,11 @@ def test_created_memory_cannot_be_resized(kind: Kind) -> None:
         os.close(fd)
 
 
-def test_close_zeroes_every_byte_before_unmapping(fd_of_memfd: int) -> None:
-    mapping = LockedMapping.of(fd_of_memfd, "memfd")
-    with second_look(fd_of_memfd) as look:
+def test_close_zeroes_every_byte_before_unmapping(kind: Kind) -> None:
+    fd = filled_memory(SECRET)
+    with second_look(fd) as look:
+        mapping = LockedMapping.of(fd, kind)
+        os.close(fd)
         assert look[: len(SECRET)] == SECRET
         mapping.close()
         assert look[:] == bytes(len(look))
