@@ -151,6 +151,27 @@ def test_nothing_of_the_ramfs_view_is_swapped(swap: SwapFile, site: Site, own: s
         assert_swap_has_none(swap, own)
 
 
+def test_nothing_is_swapped_while_a_ramfs_is_filled(
+    swap: SwapFile, strict_site: StrictSite, own: str
+) -> None:
+    site = strict_site
+    site.make_volume()
+    for number in range(FILES):
+        site.encrypt(f"file-{number}", site.secret(f"{own}/served:{number}", 20_000))
+    # The last ones are still asked for while the first ones lie in the ramfs.
+    site.key.latency_s = 0.5
+    path = site.directory / "mnt"
+    with ThreadPoolExecutor(1) as pool:
+        mounting = pool.submit(site.mount, "--view", "ramfs", path=path)
+        wait_until(lambda: len(site.kms.calls("Decrypt")) > FILES // 4, "it is being filled")
+        swapped_kib = push_out(processes_of(path))
+        assert not mounting.done()
+        volume = mounting.result(20)
+    assert max(swapped_kib.values()) > PUSHED_KIB
+    push_out_mount(volume)
+    assert_swap_has_none(swap, own)
+
+
 def test_a_file_on_tmpfs_is_swapped_and_one_on_ramfs_is_not(
     swap: SwapFile, tmp_path: Path, own: str
 ) -> None:

@@ -5,7 +5,6 @@ import fcntl
 import os
 import shlex
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ _COMMAND_S = 20.0
 # Undoes what it did when its standard input ends, so also when the test run is killed.
 _GUARD = """
 trap '' INT TERM HUP
+PATH=$PATH:/usr/sbin:/sbin
 {do} || exit 1
 echo done
 read -r _
@@ -70,15 +70,14 @@ def changed(do: str, undo: str) -> Iterator[None]:
         start_new_session=True,
     )
     assert guard.stdout is not None
+    if guard.stdout.readline() != "done\n":
+        _, said = guard.communicate(timeout=_COMMAND_S)
+        raise RefusedError(said.strip())
     try:
-        if guard.stdout.readline() != "done\n":
-            _, said = guard.communicate(timeout=_COMMAND_S)
-            raise RefusedError(said.strip())
         yield
     finally:
-        # Again is harmless.
         _, said = guard.communicate(timeout=_COMMAND_S)
-    assert guard.returncode == 0, f"{undo}: {said}"
+        assert guard.returncode == 0, f"{undo}: {said}"
 
 
 @contextlib.contextmanager
@@ -105,8 +104,7 @@ def mounted_filesystem(fs_type: str, path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        deadline = time.monotonic() + _COMMAND_S
-        wait_until(lambda: _unmounted(path), f"{path} is not in use", deadline - time.monotonic())
+        wait_until(lambda: _unmounted(path), f"{path} is not in use")
 
 
 def _unmounted(path: Path) -> bool:

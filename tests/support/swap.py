@@ -105,7 +105,7 @@ def swap_file(parent: Path = Path("/var/tmp")) -> Iterator[SwapFile]:
             stack.enter_context(
                 changed(
                     f"mkswap -q {quoted} >&2 && swapon -p {_PRIORITY} {quoted}",
-                    f"swapoff {quoted}; rm -r {shlex.quote(str(directory))}",
+                    f"swapoff {quoted} && rm -r {shlex.quote(str(directory))}",
                 )
             )
         except (RefusedError, OSError) as error:

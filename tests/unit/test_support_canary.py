@@ -171,6 +171,18 @@ def test_mark_is_found_in_base64_at_every_alignment(before: int) -> None:
     assert canary.carries(base64.urlsafe_b64encode(b"?" * before + canary.MARK.encode() + b"??"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_mark_is_found_in_wide_characters(encoding: str) -> None:
+    assert canary.carries(canary.secret("a", 100).decode().encode(encoding))
+
+
+def test_forms_of_a_label_are_those_of_all_that_begin_with_it_and_of_no_other() -> None:
+    forms = canary.forms_of("one")
+    assert forms["raw"] in canary.secret("one:1", 300)
+    assert forms["base64 at 1"] in base64.b64encode(b"?" + canary.secret("one:1", 300))
+    assert forms["raw"] not in canary.secret("two", 300)
+
+
 def test_nothing_is_found_where_nothing_is() -> None:
     assert not canary.carries(base64.b64encode(bytes(range(256)) * 40))
     assert not canary.carries("kmsfs: error: the file is empty")
