@@ -1,9 +1,10 @@
 """The daemon: composition root of one mount.
 
 Serves readers from /dev/fuse, or fills a ramfs, and holds plaintext in locked memory only. No
-boto3, no AWS credentials, no network, no exec. Its descriptors come from the launcher; it ends
-when the mount is gone, on SIGTERM, or when the launcher is gone. It has wiped everything then,
-except what lies in a ramfs whose launcher was killed: programs still need that.
+boto3, no AWS credentials; before it serves, the kernel is told to refuse it network, exec and
+writing to files (but for the ramfs). Its descriptors come from the launcher; it ends when the
+mount is gone, on SIGTERM, or when the launcher is gone. It has wiped everything then, except what
+lies in a ramfs whose launcher was killed: programs still need that.
 
 Run as `python -m kmsfs.daemon LAUNCHER_FD LOG_TARGET`; all else comes over that descriptor.
 """
@@ -26,9 +27,10 @@ from kmsfs.admin.status import HeldPlaintext, NamedProblem, RamStatus
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
 from kmsfs.errors import ExitCode, GuaranteeNotMet, KmsfsError
-from kmsfs.events import Event, EventSink, LockChanged
-from kmsfs.memory import process
+from kmsfs.events import ConfinementWeak, Event, EventSink, LockChanged
+from kmsfs.memory import process, sandbox
 from kmsfs.memory.arena import Arena
+from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
 from kmsfs.store.opener import RemoteOpener
 from kmsfs.store.source import Source
@@ -65,14 +67,16 @@ class Daemon:
 
     Args:
         launcher: this end of the socket to the launcher.
+        sandbox: what confines this process.
 
     Raises:
         KmsfsError: the source cannot be opened, or no memory can be locked.
     """
 
-    def __init__(self, handed: "_Handed", launcher: socket.socket) -> None:
+    def __init__(self, handed: "_Handed", launcher: socket.socket, sandbox: SandboxReport) -> None:
         config = handed.config
         self._config = config
+        self._sandbox = sandbox
         self._launcher_raw = launcher
         self._launcher = trio.socket.from_stdlib_socket(launcher)
         self._listener = handed.listener
@@ -98,6 +102,8 @@ class Daemon:
             self._events,
         )
         self._events.sinks = [eventlog.LogSink()]
+        if sandbox.gaps:
+            self._events.emit(ConfinementWeak("the daemon", sandbox.gaps))
         self._view: View = self._make_view(handed.mount_fd)
 
     def _make_view(self, mount_fd: int) -> View:
@@ -170,7 +176,7 @@ class Daemon:
         match request:
             case control.StatusRequest():
                 status = await observe.gather(
-                    self._config, self._volume, self._client, self._ram_status()
+                    self._config, self._volume, self._client, self._sandbox, self._ram_status()
                 )
                 return control.StatusAnswer(status=status)
             case control.LockRequest():
@@ -345,8 +351,10 @@ def main(argv: list[str]) -> int:
         eventlog.show_debug()
     if handed.config.run_as is not None:
         process.become(handed.config.run_as.uid, handed.config.run_as.gid)
+    # Before the first thread, which trio starts when it has something to do in one.
+    walls = sandbox.confine_daemon(handed.mount_fd if handed.config.view == "ramfs" else None)
     try:
-        trio.run(_run, handed, launcher)
+        trio.run(_run, handed, launcher, walls)
     except KmsfsError as error:
         wire.send(
             launcher, wire.DaemonFailed(code=error.code, detail=error.detail, hint=error.hint)
@@ -368,8 +376,8 @@ def _receive_handed(launcher: socket.socket) -> _Handed:
     return _Handed(config, socket.socket(fileno=fds["control"]), opener, fds["mount"], os.getuid())
 
 
-async def _run(handed: _Handed, launcher: socket.socket) -> None:
-    await Daemon(handed, launcher).run()
+async def _run(handed: _Handed, launcher: socket.socket, walls: SandboxReport) -> None:
+    await Daemon(handed, launcher, walls).run()
 
 
 if __name__ == "__main__":

@@ -95,6 +95,14 @@ class PublishHeldBack:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class ConfinementWeak:
+    """Something is open to a process that should not be; see `SandboxReport.gaps`."""
+
+    process: str
+    gaps: tuple[str, ...]
+
+
 Event = (
     Decrypted
     | DecryptFailed
@@ -105,6 +113,7 @@ Event = (
     | WorkerEnded
     | Published
     | PublishHeldBack
+    | ConfinementWeak
 )
 
 

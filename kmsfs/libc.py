@@ -68,7 +68,11 @@ PR_CAPBSET_DROP: Final = 24
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
 PR_SET_NAME: Final = 15
+PR_SET_SECCOMP: Final = 22
 PR_SET_NO_NEW_PRIVS: Final = 38
+
+_SECCOMP_MODE_FILTER: Final = 2
+_BPF_INSTRUCTION_BYTES: Final = 8
 
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_BENEATH: Final = 0x08
@@ -195,6 +199,37 @@ def set_capabilities(numbers: frozenset[int]) -> None:
     header = _CapHeader(_CAPABILITY_VERSION, 0)
     if _libc.capset(ctypes.byref(header), data):
         _raise_errno()
+
+
+class _FilterProgram(ctypes.Structure):
+    """struct sock_fprog (linux/filter.h)."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
+def set_seccomp_filter(program: bytes) -> None:
+    """Have the kernel run a BPF program on every system call of this thread and of what it
+    starts from now on, for good (seccomp(2), SECCOMP_SET_MODE_FILTER).
+
+    Args:
+        program: instructions of 8 bytes (struct sock_filter), copied by the kernel.
+
+    Raises:
+        OSError: EINVAL where the kernel has no filters or refuses the program, EACCES without
+            `PR_SET_NO_NEW_PRIVS`.
+    """
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = _FilterProgram(len(program) // _BPF_INSTRUCTION_BYTES, ctypes.addressof(buffer))
+    if _libc.prctl(PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header), 0, 0):
+        _raise_errno()
+
+
+def system_call(number: int, *arguments: object) -> int:
+    """A call that libc has no function for; arguments as ctypes takes them."""
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        _raise_errno()
+    return result
 
 
 def set_process_name(name: str) -> None:

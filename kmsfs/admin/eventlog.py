@@ -6,6 +6,7 @@ import sys
 from typing import Final, Literal
 
 from kmsfs.events import (
+    ConfinementWeak,
     Decrypted,
     DecryptFailed,
     Event,
@@ -114,3 +115,5 @@ class LogSink:
                 )
             case Wiped():
                 log.debug("%s: wiped, %d bytes: %s", event.path, event.size_bytes, event.reason)
+            case ConfinementWeak():
+                log.warning("%s not fully confined: %s", event.process, "; ".join(event.gaps))

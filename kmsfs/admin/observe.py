@@ -7,6 +7,7 @@ from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem, RamSt
 from kmsfs.decryptor.client import DecryptorClient
 from kmsfs.errors import CiphertextInvalid, KmsfsError, NameConflict, NotBound
 from kmsfs.memory.process import ProcessReport, report
+from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
 from kmsfs.store.source import SourceFile
 from kmsfs.store.volume import Volume
@@ -16,13 +17,22 @@ _MAX_NAMED: Final = 1000
 
 
 async def gather(
-    config: MountConfig, volume: Volume, client: DecryptorClient, ram: RamStatus | None
+    config: MountConfig,
+    volume: Volume,
+    client: DecryptorClient,
+    sandbox: SandboxReport,
+    ram: RamStatus | None,
 ) -> MountStatus:
-    """The mount as it is now; `ram` is what its ramfs view says of itself."""
+    """The mount as it is now.
+
+    Args:
+        sandbox: what confines the daemon.
+        ram: what its ramfs view says of itself.
+    """
     survey = await volume.survey()
     held = volume.cache.held()
     greeting = client.workers.greeting
-    daemon = report(memory_locked=False)
+    daemon = report(memory_locked=False, sandbox=sandbox)
     unbound = [file.path for file in survey.files if not file.bound and volume.may_be_unbound(file)]
     kinds = tuple(sorted(volume.cache.memory_kinds()))
     return MountStatus(
@@ -99,6 +109,12 @@ def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> list[NamedProblem
     return problems
 
 
+def _gaps(process: str, found: ProcessReport | None) -> list[str]:
+    if found is None or found.sandbox is None:
+        return []
+    return [f"{process} not fully confined: {gap}" for gap in found.sandbox.gaps]
+
+
 def _weaknesses(
     config: MountConfig,
     volume: Volume,
@@ -118,6 +134,7 @@ def _weaknesses(
         weaknesses.append("plaintext lies in a locked memfd: this kernel has no memfd_secret")
     if not daemon.undumpable or not daemon.core_limit_zero:
         weaknesses.append("the daemon's memory could be dumped")
+    weaknesses += _gaps("the daemon", daemon) + _gaps("workers", workers)
     if workers is not None and not workers.memory_locked:
         weaknesses.append("workers could not lock their memory: raise the locked-memory limit")
     if workers is not None and not workers.allocator_scrubs:

@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from kmsfs import libc
+from kmsfs.memory.sandbox import SandboxReport
 
 # glibc: freed memory is overwritten, freed chunks and thread stacks are not kept for reuse.
 # CPython: its own arenas, which never scrub, are switched off. Set before exec; read by
@@ -22,12 +23,17 @@ SCRUBBING_ENVIRONMENT: Final = {
 
 
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Which protections hold in one process."""
+    """Which protections hold in one process.
+
+    Attributes:
+        sandbox: what confines it; None where nothing does yet.
+    """
 
     undumpable: bool
     core_limit_zero: bool
     memory_locked: bool
     allocator_scrubs: bool
+    sandbox: SandboxReport | None = None
 
 
 def harden(name: str) -> None:
@@ -109,15 +115,17 @@ def raise_memlock_limit(wanted_bytes: int, *, pid: int = 0) -> None:
         resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
-def report(*, memory_locked: bool) -> ProcessReport:
+def report(*, memory_locked: bool, sandbox: SandboxReport | None = None) -> ProcessReport:
     """Read back from the kernel what holds for this process.
 
     Args:
         memory_locked: what `lock_all_memory` answered; the daemon locks its slots only.
+        sandbox: what confining the process answered; the kernel does not tell it again.
     """
     return ProcessReport(
         undumpable=libc.prctl(libc.PR_GET_DUMPABLE) == 0,
         core_limit_zero=resource.getrlimit(resource.RLIMIT_CORE)[0] == 0,
         memory_locked=memory_locked,
         allocator_scrubs=all(os.environ.get(k) == v for k, v in SCRUBBING_ENVIRONMENT.items()),
+        sandbox=sandbox,
     )

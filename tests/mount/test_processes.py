@@ -64,6 +64,18 @@ def test_daemon_zygote_and_workers_are_undumpable_without_core(served: MountedVo
     assert status["workers"]["allocator_scrubs"]
 
 
+def test_the_kernel_confines_the_daemon_and_no_gap_goes_unsaid(served: MountedVolume) -> None:
+    kept = kernel_status(pids_by_name(served)["kmsfs-daemon"])
+    assert (kept["NoNewPrivs"], kept["Seccomp"]) == ("1", "2")
+    control = kernel_status(os.getpid())
+    assert (control["NoNewPrivs"], control["Seccomp"]) == ("0", "0")
+    status = served.status()
+    assert status["daemon"]["sandbox"]["seccomp"]
+    gaps = status["daemon"]["sandbox"]["gaps"]
+    shown = [text for text in status["weaknesses"] if text.startswith("the daemon")]
+    assert shown == [f"the daemon not fully confined: {gap}" for gap in gaps]
+
+
 def test_worker_locks_all_its_memory(served: MountedVolume) -> None:
     assert served.status()["workers"]["memory_locked"]
     flags = Path(f"/proc/{pids_by_name(served)['kmsfs-worker']}/smaps").read_text()
@@ -109,6 +121,12 @@ def test_daemon_loads_its_code_from_nowhere_a_user_could_write(served: MountedVo
     argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     assert b"-s" in argv
     assert b"-P" in argv
+
+
+def kernel_status(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def in_memory(pid: int, wanted: bytes) -> bool:
