@@ -141,6 +141,10 @@ def _weaknesses(
         weaknesses.append("workers do not overwrite freed memory")
     if greeting is not None and greeting.credential_source == "environment":
         weaknesses.append("credentials come from environment variables: a role is stronger")
+    if greeting is not None and not greeting.keeps_credentials:
+        weaknesses.append(
+            "every worker asks for session credentials anew: this kernel has no memfd_secret"
+        )
     if volume.arena.budget_bytes < config.cache.max_bytes:
         weaknesses.append(
             f"locked memory is limited to {volume.arena.budget_bytes} bytes, "

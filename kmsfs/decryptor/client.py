@@ -11,8 +11,8 @@ import trio
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.pool import WorkerLostError, WorkerPool
 from kmsfs.decryptor.rules import DecryptRules
-from kmsfs.errors import DeadlineExceeded, WorkerFailed, from_code
-from kmsfs.events import EventSink, WorkerEnded
+from kmsfs.errors import CredentialsUnavailable, DeadlineExceeded, WorkerFailed, from_code
+from kmsfs.events import ConfinementWeak, EventSink, WorkerEnded
 from kmsfs.memory.arena import Arena, Slot
 from kmsfs.memory.process import ProcessReport
 
@@ -29,6 +29,11 @@ _FIRST_ATTEMPT_SHARE: Final = 0.6
 # A worker is told to be done a little earlier than that, so that what it has to say of a KMS
 # that does not answer is heard.
 _WORKER_SHARE: Final = 0.95
+
+
+class _WornWorkerError(Exception):
+    """The worker's credentials were refused, and another may find better ones."""
+
 
 FileVersion = tuple[int, int, int, int, int]
 
@@ -97,6 +102,7 @@ class DecryptorClient:
         self, fd: int, rules: DecryptRules, version: FileVersion, deadline: float
     ) -> Plaintext:
         last_attempt = False
+        worn_workers = 0
         while True:
             now = trio.current_time()
             share = 1.0 if last_attempt else _FIRST_ATTEMPT_SHARE
@@ -106,6 +112,12 @@ class DecryptorClient:
                     return await self._attempt(fd, rules, version, ends_at)
                 if last_attempt:
                     raise DeadlineExceeded("no answer from KMS within the deadline")
+            except _WornWorkerError:
+                # Each one that was kept may say so once; after them come new ones.
+                worn_workers += 1
+                if worn_workers > MAX_CALLS:
+                    raise CredentialsUnavailable("KMS refuses the credentials") from None
+                continue
             except WorkerLostError as error:
                 if last_attempt:
                     raise WorkerFailed(f"two workers were lost; the second: {error}") from None
@@ -125,16 +137,18 @@ class DecryptorClient:
         try:
             await channel.send(worker.sock, request, [fd])
             reply, received_fd = await channel.receive(worker.sock)
+            if isinstance(reply, wire.AskAnother) and reply.id == request.id:
+                raise _WornWorkerError
             if isinstance(reply, wire.Failed) and reply.id == request.id:
-                intact = True
+                intact = not reply.last
                 raise from_code(reply.code, reply.detail, reply.hint)
-            plaintext = self._take(reply, received_fd, request.id)
+            plaintext, last = self._take(reply, received_fd, request.id)
             try:
                 await channel.send(worker.sock, wire.Taken(id=request.id))
             except BaseException:
                 plaintext.slot.wipe()
                 raise
-            intact = True
+            intact = not last
             return plaintext
         except (wire.WireError, OSError) as error:
             self._events.emit(WorkerEnded(pid=worker.pid, reason=str(error)))
@@ -149,7 +163,8 @@ class DecryptorClient:
             else:
                 self.workers.kill(worker)
 
-    def _take(self, reply: wire.Message, fd: int | None, request_id: int) -> Plaintext:
+    def _take(self, reply: wire.Message, fd: int | None, request_id: int) -> tuple[Plaintext, bool]:
+        """The plaintext, and whether the worker takes no further request."""
         if (
             not isinstance(reply, wire.Decrypted)
             or reply.id != request_id
@@ -158,12 +173,18 @@ class DecryptorClient:
             if fd is not None:
                 os.close(fd)
             raise wire.WireError(f"a {type(reply).__name__} that answers no request")
-        self.worker_report = reply.report
+        self._note(reply.report)
         try:
             slot = self._arena.adopt(fd, reply.size_bytes)
         except WorkerFailed as error:
             raise wire.WireError(error.detail) from None
-        return Plaintext(slot=slot, key_arn=reply.key_arn, format=reply.format)
+        return Plaintext(slot=slot, key_arn=reply.key_arn, format=reply.format), reply.last
+
+    def _note(self, report: ProcessReport) -> None:
+        before, self.worker_report = self.worker_report, report
+        is_new = before is None or before.sandbox != report.sandbox
+        if is_new and report.sandbox is not None and report.sandbox.gaps:
+            self._events.emit(ConfinementWeak("workers", report.sandbox.gaps))
 
     def _key_semaphore(self, key: str) -> trio.Semaphore:
         return self._key_calls.setdefault(key, trio.Semaphore(self._calls_per_key))

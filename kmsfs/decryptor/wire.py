@@ -36,11 +36,16 @@ class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 
 class ZygoteReady(_Message, frozen=True):
-    """Zygote to daemon, once, when its imports are done."""
+    """Zygote to daemon, once, when its imports are done.
+
+    `keeps_credentials`: whether a worker need not ask for session credentials anew: there is
+    secret memory in which they go from one to the next, or there are none of that kind.
+    """
 
     pid: int
     credential_source: str | None
     report: ProcessReport
+    keeps_credentials: bool
 
 
 class SpawnWorker(_Message, frozen=True):
@@ -76,13 +81,17 @@ class Decrypt(_Message, frozen=True):
 
 
 class Decrypted(_Message, frozen=True):
-    """Worker to daemon, with the memory that holds the plaintext (none for an empty one)."""
+    """Worker to daemon, with the memory that holds the plaintext (none for an empty one).
+
+    `last`: the worker takes no further request.
+    """
 
     id: int
     size_bytes: int
     key_arn: str
     format: str
     report: ProcessReport
+    last: bool = False
 
 
 class Taken(_Message, frozen=True):
@@ -92,12 +101,20 @@ class Taken(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """Worker to daemon: a `KmsfsError` by its code."""
+    """Worker to daemon: a `KmsfsError` by its code; `last` as in `Decrypted`."""
 
     id: int
     code: str
     detail: str
     hint: str | None = None
+    last: bool = False
+
+
+class AskAnother(_Message, frozen=True):
+    """Worker to daemon, its last word: KMS refused credentials that it, or a worker before it,
+    had found for an earlier request. Another worker looks for new ones."""
+
+    id: int
 
 
 Handed = Literal["config", "control", "opener", "mount"]
@@ -202,6 +219,7 @@ Message = (
     | Decrypted
     | Taken
     | Failed
+    | AskAnother
     | HandOver
     | KillWorker
     | OpenSource

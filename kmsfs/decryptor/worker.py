@@ -1,5 +1,9 @@
 """The worker: one request at a time, credentials, KMS, decrypt, reply; ends when told or idle.
 
+Credentials are found once. With them the process gives up whatever it needed to find them: exec,
+other ports than those of KMS, writing to files. So it ends when they do, and where KMS refuses
+them, and a new worker finds others.
+
 What botocore leaves in this process's heap cannot be wiped; the process's end is the eraser.
 Until then freed memory is overwritten, nothing is swapped, and nothing can be dumped.
 """
@@ -11,17 +15,20 @@ import time
 from typing import Final, NoReturn
 
 from kmsfs.decryptor import wire
+from kmsfs.decryptor.credential_cache import CredentialCache
 from kmsfs.decryptor.decrypt import decrypt_ciphertext
 from kmsfs.errors import (
     CiphertextChanging,
+    CredentialsUnavailable,
     FileTooLarge,
     KmsfsError,
     SourceUnreadable,
     WorkerBug,
 )
 from kmsfs.keys.aws import AwsKeyService
-from kmsfs.memory import process
+from kmsfs.memory import process, sandbox
 from kmsfs.memory.mapping import LockedMapping, create_secret_memory
+from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import KmsSettings
 
 # An Encryption SDK message is longer than its plaintext by its header (at most 64 KiB of
@@ -128,15 +135,25 @@ def read_ciphertext(fd: int, version: tuple[int, int, int, int, int], max_bytes:
 class Worker:
     """Serves requests from one socket until it closes."""
 
-    def __init__(self, sock: socket.socket, settings: KmsSettings, *, memory_locked: bool) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        settings: KmsSettings,
+        cache: CredentialCache | None,
+        *,
+        memory_locked: bool,
+    ) -> None:
         self._sock = sock
-        self._settings = settings
         self._memory_locked = memory_locked
-        self._keys: AwsKeyService | None = None
+        self._sandbox: SandboxReport | None = None
+        self._keys = AwsKeyService(settings, confine=self._confine, store=cache)
+
+    def _confine(self, connect_ports: frozenset[int]) -> None:
+        self._sandbox = sandbox.confine_worker(connect_ports)
 
     def run(self) -> None:
-        """Serve until the daemon closes its end or breaks the protocol."""
-        while True:
+        """Serve until the daemon closes its end or breaks the protocol, or credentials end."""
+        while not self._keys.worn:
             try:
                 request, fd = wire.expect(wire.receive(self._sock), wire.Decrypt)
             except wire.WireError:
@@ -156,7 +173,7 @@ class Worker:
             outbox.filled()
             os.close(fd)
             fd = -1
-            if isinstance(reply, wire.Failed):
+            if not isinstance(reply, wire.Decrypted):
                 wire.send(self._sock, reply)
                 return
             wire.send(self._sock, reply, [outbox.fd] if outbox.fd is not None else [])
@@ -169,7 +186,7 @@ class Worker:
 
     def _decrypt(
         self, request: wire.Decrypt, fd: int, outbox: Outbox
-    ) -> wire.Decrypted | wire.Failed:
+    ) -> wire.Decrypted | wire.Failed | wire.AskAnother:
         started = time.monotonic()
         rules = request.rules
         try:
@@ -177,24 +194,35 @@ class Worker:
                 fd, request.version, 2 * rules.max_plaintext_bytes + _CIPHERTEXT_OVERHEAD_BYTES
             )
             remaining_s = request.deadline_s - (time.monotonic() - started)
-            if self._keys is None:
-                self._keys = AwsKeyService(self._settings)
             self._keys.set_deadline(remaining_s)
+            self._keys.prepare(rules.key_ids)
             info = decrypt_ciphertext(ciphertext, rules, self._keys, outbox.allocate)
         except KmsfsError as error:
+            if isinstance(error, CredentialsUnavailable) and self._keys.refused_what_was_kept:
+                return wire.AskAnother(id=request.id)
             hint = error.hint if error.hint != type(error).hint else None
             return wire.Failed(
-                id=request.id, code=error.code, detail=_printable(error.detail), hint=hint
+                id=request.id,
+                code=error.code,
+                detail=_printable(error.detail),
+                hint=hint,
+                last=self._keys.worn,
             )
         except Exception as error:  # noqa: BLE001 - one bad file must not end in a dead worker
             # The class name only: a foreign exception's text may hold content.
-            return wire.Failed(id=request.id, code=WorkerBug.__name__, detail=type(error).__name__)
+            return wire.Failed(
+                id=request.id,
+                code=WorkerBug.__name__,
+                detail=type(error).__name__,
+                last=self._keys.worn,
+            )
         return wire.Decrypted(
             id=request.id,
             size_bytes=info.size_bytes,
             key_arn=info.key_arn,
             format=info.format,
-            report=process.report(memory_locked=self._memory_locked),
+            report=process.report(memory_locked=self._memory_locked, sandbox=self._sandbox),
+            last=self._keys.worn,
         )
 
 
@@ -203,7 +231,9 @@ def _printable(detail: str) -> str:
     return detail[:_MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
 
 
-def main(sock: socket.socket, settings: KmsSettings, zygote_pid: int) -> NoReturn:
+def main(
+    sock: socket.socket, settings: KmsSettings, zygote_pid: int, cache: CredentialCache | None
+) -> NoReturn:
     """Be a worker in a freshly forked process; never returns.
 
     Memory is locked before there are credentials. Exit skips the interpreter's own clean-up:
@@ -214,7 +244,7 @@ def main(sock: socket.socket, settings: KmsSettings, zygote_pid: int) -> NoRetur
         process.end_with_parent(zygote_pid)
         process.harden("kmsfs-worker")
         memory_locked = process.lock_all_memory()
-        Worker(sock, settings, memory_locked=memory_locked).run()
+        Worker(sock, settings, cache, memory_locked=memory_locked).run()
         status = 0
     finally:
         os._exit(status)

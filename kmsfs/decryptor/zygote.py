@@ -2,7 +2,7 @@
 
 Single-threaded by contract: fork is safe here, and the workers' parent-death signal follows the
 thread that forked them. Credentials given as environment variables live in its environment; all
-others are resolved in the workers.
+others are found by the workers, and rest between them in memory that it holds and never maps.
 
 Run as `python -m kmsfs.decryptor.zygote SOCKET_FD SETTINGS_FD`.
 """
@@ -14,10 +14,13 @@ import select
 import signal
 import socket
 import sys
+import traceback
+from typing import NoReturn
 
 import msgspec
 
 from kmsfs.decryptor import wire, worker
+from kmsfs.decryptor.credential_cache import CredentialCache
 from kmsfs.keys import aws, loggers
 from kmsfs.memory import process
 from kmsfs.settings import KmsSettings
@@ -26,11 +29,14 @@ from kmsfs.settings import KmsSettings
 class Zygote:
     """Forks a worker for each request on the control socket, until that closes."""
 
-    def __init__(self, control: socket.socket, settings: KmsSettings) -> None:
+    def __init__(
+        self, control: socket.socket, settings: KmsSettings, cache: CredentialCache | None
+    ) -> None:
         self._control = control
         self._settings = settings
         # Of the workers, so that they can be ended without a doubt about whose number it is.
         self._pidfds: dict[int, int] = {}
+        self._cache = cache
 
     def run(self) -> None:
         """Serve until the daemon closes its end."""
@@ -66,7 +72,7 @@ class Zygote:
                     self._control.close()
                     for sibling_pidfd in self._pidfds.values():
                         os.close(sibling_pidfd)
-                    worker.main(sock, self._settings, zygote_pid)
+                    worker.main(sock, self._settings, zygote_pid, self._cache)
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             wire.send(self._control, wire.SpawnFailed(id=request_id, detail=error.strerror or ""))
@@ -96,8 +102,23 @@ def _reap_unwatched() -> None:
             pass
 
 
-def main(argv: list[str]) -> None:
-    """Be the zygote; returns when the daemon has closed its end."""
+def main(argv: list[str]) -> NoReturn:
+    """Be the zygote until the daemon closes its end; never returns.
+
+    Its own end of the socket is closed by the kernel alone, when this process has ended and its
+    memory is freed: whoever sees the end of file there knows that.
+    """
+    status = 70
+    try:
+        _serve(argv)
+        status = 0
+    except Exception:  # noqa: BLE001 - told here, as nothing gets past _exit
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _serve(argv: list[str]) -> None:
     socket_fd, settings_fd = (int(text) for text in argv)
     process.harden("kmsfs-zygote")
     loggers.silence()
@@ -110,17 +131,18 @@ def main(argv: list[str]) -> None:
     # Objects made so far stay out of the collector, so that workers do not copy their pages.
     gc.collect()
     gc.freeze()
-    with socket.socket(fileno=socket_fd) as control:
-        ready = wire.ZygoteReady(
-            pid=os.getpid(),
-            credential_source=aws.credential_source(settings),
-            report=process.report(memory_locked=False),
-        )
-        try:
-            wire.send(control, ready)
-        except wire.WireError:
-            return
-        Zygote(control, settings).run()
+    source = aws.credential_source(settings)
+    cache = None if source == "environment" else CredentialCache.create()
+    control = socket.socket(fileno=socket_fd)
+    ready = wire.ZygoteReady(
+        pid=os.getpid(),
+        credential_source=source,
+        report=process.report(memory_locked=False),
+        keeps_credentials=cache is not None or source == "environment",
+    )
+    with contextlib.suppress(wire.WireError):
+        wire.send(control, ready)
+        Zygote(control, settings, cache).run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ touches their levels.
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import botocore.exceptions
@@ -24,6 +24,7 @@ from kmsfs.errors import (
 )
 from kmsfs.keys import aws_errors, deadline
 from kmsfs.keys.aws_session import AwsSession, credential_source, region_of, warm_up
+from kmsfs.keys.credentials import CredentialStore
 from kmsfs.keys.service import DataKey, Decryption, Encryption
 from kmsfs.settings import KmsSettings
 
@@ -54,16 +55,35 @@ class AwsKeyService:
         settings: profile, role_arn, region, endpoint_url and deadline_s are used. endpoint_url
             is that of KMS alone; STS has AWS_ENDPOINT_URL_STS.
         deadline_s: time for each call in seconds, in place of `settings.deadline_s`.
+        confine: for a process that gives up its rights once it has credentials: called between
+            finding them and the first call to KMS, with the TCP ports that such calls go to.
+            Credentials are then found once and neither refreshed nor replaced; see `worn`. Where
+            none are found, `confine` is not called, and they are looked for in the next call.
+        store: where other processes of this kind leave and find credentials.
     """
 
-    def __init__(self, settings: KmsSettings, *, deadline_s: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: KmsSettings,
+        *,
+        deadline_s: float | None = None,
+        confine: Callable[[frozenset[int]], None] | None = None,
+        store: CredentialStore | None = None,
+    ) -> None:
         self._settings = settings
+        self._confine = confine
+        self._store = store
+        self._confined = False
+        self._half_confined = False
+        self._refused = False
+        self._found_now = False
         self._call_s = settings.deadline_s if deadline_s is None else deadline_s
         self._ends_at: float | None = None
         self._session: AwsSession | None = None
 
     def set_deadline(self, seconds: float | None) -> None:
         """Give all calls from now on, together, this time; None for each its own again."""
+        self._found_now = False
         self._ends_at = None if seconds is None else time.monotonic() + seconds
 
     @property
@@ -75,6 +95,43 @@ class AwsKeyService:
         `iam-role`, `login`.
         """
         return None if self._session is None else self._session.credential_source
+
+    @property
+    def worn(self) -> bool:
+        """Whether this process is to end: KMS refused its credentials, they end soon, or it could
+        not be confined."""
+        frozen = None if self._session is None else self._session.frozen
+        ends_soon = frozen is not None and frozen.near_expiry
+        return self._refused or self._half_confined or ends_soon
+
+    @property
+    def refused_what_was_kept(self) -> bool:
+        """Whether KMS refused credentials that were not looked for since `set_deadline`: another
+        process may find better ones."""
+        return self._refused and not self._found_now
+
+    def prepare(self, key_ids: Sequence[str]) -> None:
+        """Find credentials and confine this process now, if it is to be and is not yet.
+
+        Does nothing where no region is known before a ciphertext tells it.
+
+        Args:
+            key_ids: those that will be asked for.
+
+        Raises: as `decrypt`, where there are no credentials.
+        """
+        if self._confine is None or self._confined:
+            return
+        key_id = next((key_id for key_id in key_ids if region_of(key_id)), None)
+        with (
+            self._dropping_on_refusal(),
+            deadline.limit(self._seconds_left()),
+            _translating("Decrypt", key_id),
+        ):
+            session = self._session = self._session or AwsSession(self._settings)
+            region = region_of(key_id) or session.region
+            if region is not None:
+                self._freeze(session, region)
 
     def decrypt(
         self, ciphertext: bytes, *, key_id: str | None, encryption_context: Mapping[str, str]
@@ -164,46 +221,71 @@ class AwsKeyService:
     def _call(
         self, operation: str, key_id: str | None, parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        seconds = self._call_s
-        if self._ends_at is not None:
-            seconds = self._ends_at - time.monotonic()
-        with self._dropping_on_refusal(), deadline.limit(seconds):
-            if self._session is not None:
+        with self._dropping_on_refusal(), deadline.limit(self._seconds_left()):
+            if self._session is not None and not self._confined:
                 with contextlib.suppress(CredentialsUnavailable), self._dropping_on_refusal():
                     return self._call_once(operation, key_id, parameters)
             return self._call_once(operation, key_id, parameters)
+
+    def _seconds_left(self) -> float:
+        return self._call_s if self._ends_at is None else self._ends_at - time.monotonic()
 
     @contextlib.contextmanager
     def _dropping_on_refusal(self) -> Iterator[None]:
         try:
             yield
-        except (CredentialsUnavailable, DeadlineExceeded):
-            self._session = None
+        except (CredentialsUnavailable, DeadlineExceeded) as error:
+            session = self._session
+            if session is None or not self._confined:
+                self._session = None
+            elif isinstance(error, DeadlineExceeded):
+                session.drop_clients()
+            else:
+                self._refused = True
+                if self._store is not None and session.frozen is not None:
+                    self._store.discard(session.frozen)
             raise
 
     def _call_once(
         self, operation: str, key_id: str | None, parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        try:
-            session = self._session
-            if session is None:
-                self._session = session = AwsSession(self._settings)
+        with _translating(operation, key_id):
+            session = self._session = self._session or AwsSession(self._settings)
             region = region_of(key_id) or session.region
             if region is None:
                 raise RegionUnknown(f"{aws_errors.describe(operation, key_id)}: no region is known")
+            self._freeze(session, region)
             answer = getattr(session.client(region), _METHODS[operation])(**parameters)
-        except botocore.exceptions.ClientError as error:
-            raise aws_errors.translate_client_error(error, operation, key_id) from None
-        except botocore.exceptions.BotoCoreError as error:
-            raise aws_errors.translate_botocore_error(error, operation, key_id) from None
-        except aws_errors.STRAY as error:
-            translated = aws_errors.translate_stray(error, operation, key_id)
-            if translated is None:
-                raise
-            raise translated from None
         if not isinstance(answer, dict):
             raise KmsAnswerInvalid(f"{operation}: the answer is no structure")
         return answer
+
+    def _freeze(self, session: AwsSession, region: str) -> None:
+        if self._confine is None or self._confined:
+            return
+        session.freeze(region, self._store)
+        ports = session.ports(region)
+        self._found_now = session.found_here
+        # A deadline may strike in between.
+        self._half_confined = True
+        self._confine(ports)
+        self._confined, self._half_confined = True, False
+
+
+@contextlib.contextmanager
+def _translating(operation: str, key_id: str | None) -> Iterator[None]:
+    """Turn everything that botocore lets out into errors of ours."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        raise aws_errors.translate_client_error(error, operation, key_id) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise aws_errors.translate_botocore_error(error, operation, key_id) from None
+    except aws_errors.STRAY as error:
+        translated = aws_errors.translate_stray(error, operation, key_id)
+        if translated is None:
+            raise
+        raise translated from None
 
 
 _METHODS: Final = {

@@ -9,8 +9,11 @@ import contextlib
 import os
 import re
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import botocore.exceptions
 from botocore.client import BaseClient
@@ -23,11 +26,18 @@ from botocore.credentials import (
     DeferredRefreshableCredentials,
     create_credential_resolver,
 )
+from botocore.httpsession import ProxyConfiguration
 from botocore.loaders import Loader
 from botocore.session import Session
 
 from kmsfs.errors import ConfigInvalid, CredentialsUnavailable
 from kmsfs.keys import deadline
+from kmsfs.keys.credentials import (
+    STATIC_SOURCES,
+    UNDATED_S,
+    CredentialStore,
+    SessionCredentials,
+)
 from kmsfs.settings import KmsSettings
 
 # Botocore's defaults wait 60 s for each connection and each read, five times over.
@@ -46,12 +56,19 @@ _UNSET: Final = (None, None, None, None)
 _NO_FILE: Final = (None, None, os.devnull, None)
 _PLACEHOLDER: Final = "placeholder"
 
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
 
 class AwsSession:
     """Credentials from one moment on, and the clients that use them, by region.
 
     Files and environment are read when first needed, and not again; botocore refreshes what its
-    source can refresh. Make a new one where credentials were not there or are refused.
+    source can refresh, unless they were frozen. Make a new one where credentials were not there
+    or are refused.
+
+    Attributes:
+        frozen: the credentials that `freeze` found; None before.
+        found_here: whether it asked their source for them, and not the store.
     """
 
     def __init__(self, settings: KmsSettings) -> None:
@@ -62,6 +79,8 @@ class AwsSession:
         self._clients: dict[str, BaseClient] = {}
         self._credentials: Credentials | None = None
         self._lock = threading.Lock()
+        self.frozen: SessionCredentials | None = None
+        self.found_here = False
 
     @property
     def region(self) -> str | None:
@@ -90,16 +109,56 @@ class AwsSession:
             botocore's own errors, and `aws_errors.STRAY` from sources of credentials.
         """
         with self._lock:
-            if self.region is None:
-                # Sources that ask STS do it where KMS is, as for botocore's own clients.
-                self._session.set_config_variable("region", region)
-            if self._credentials is None:
-                self._credentials = self._session.get_credentials()
-            if self._credentials is None:
-                raise CredentialsUnavailable("no AWS credentials found")
+            self._find_credentials(region)
             if region not in self._clients:
                 self._clients[region] = self._new_client(region)
             return self._clients[region]
+
+    def freeze(self, region: str, store: CredentialStore | None) -> None:
+        """Find credentials that no client of this session will refresh; before the first one.
+
+        Args:
+            region: where KMS will be asked.
+            store: looked into first; takes what had to be found, for other processes.
+
+        Raises: as `client`.
+        """
+        with self._lock, contextlib.nullcontext() if store is None else store.exclusive():
+            held = None if store is None else store.read()
+            if held is None or held.near_expiry:
+                held = _as_they_are(self._find_credentials(region))
+                self.found_here = True
+                if store is not None and held.shareable:
+                    store.write(held)
+            keys = (held.access_key, held.secret_key, held.token)
+            self._session.set_credentials(*keys, account_id=held.account_id)
+            self._credentials = Credentials(*keys, method=held.source)
+            self.frozen = held
+
+    def ports(self, region: str) -> frozenset[int]:
+        """The TCP ports that calls to KMS go to: its endpoint's, and that of a proxy.
+
+        The same in every region.
+
+        Raises: as `client`.
+        """
+        url = self.client(region).meta.endpoint_url
+        proxy = ProxyConfiguration(getproxies()).proxy_url_for(url)
+        return frozenset(_port_of(where) for where in (url, proxy) if where)
+
+    def drop_clients(self) -> None:
+        """Have new connections made; credentials stay."""
+        self._clients = {}
+
+    def _find_credentials(self, region: str) -> Credentials:
+        if self.region is None:
+            # Sources that ask STS do it where KMS is, as for botocore's own clients.
+            self._session.set_config_variable("region", region)
+        if self._credentials is None:
+            self._credentials = self._session.get_credentials()
+        if self._credentials is None:
+            raise CredentialsUnavailable("no AWS credentials found")
+        return self._credentials
 
     def _new_client(self, region: str) -> BaseClient:
         try:
@@ -214,7 +273,31 @@ def _client_config() -> Config:
     )
 
 
+def _port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or _DEFAULT_PORTS.get(parts.scheme, _DEFAULT_PORTS["https"])
+
+
 # --- credentials -------------------------------------------------------------------------------
+
+
+def _as_they_are(found: Credentials) -> SessionCredentials:
+    """What botocore found; where it only now asks their source, its errors come from here."""
+    # Not get_frozen_credentials where there are any: within 15 minutes of their end it would ask
+    # the source once more at once.
+    now: Any = getattr(found, "_frozen_credentials", None) or found.get_frozen_credentials()
+    expires = getattr(found, "_expiry_time", None)
+    ends_at = None if expires is None else expires.timestamp()
+    if ends_at is None and found.method not in STATIC_SOURCES:
+        ends_at = time.time() + UNDATED_S
+    return SessionCredentials(
+        access_key=now.access_key,
+        secret_key=now.secret_key,
+        token=now.token,
+        account_id=getattr(now, "account_id", None),
+        source=found.method,
+        ends_at=ends_at,
+    )
 
 
 class _RoleProvider(CredentialProvider):

@@ -156,7 +156,10 @@ def main(argv: list[str]) -> None:
     if steps[0] == "greet-nonsense":
         control.send(b"hello")
         signal.pause()
-    wire.send(control, wire.ZygoteReady(pid=os.getpid(), credential_source="test", report=REPORT))
+    ready = wire.ZygoteReady(
+        pid=os.getpid(), credential_source="test", report=REPORT, keeps_credentials=True
+    )
+    wire.send(control, ready)
     while True:
         try:
             request, fd = wire.expect(wire.receive(control), wire.SpawnWorker)
