@@ -159,7 +159,7 @@ class Daemon:
             await self._volume.lock()
         finally:
             held = await self._view.after_lock()
-            self._client.workers.drop_zygote()
+            await self._client.workers.end_zygote()
             self._events.emit(LockChanged(locked=True, by_uid=by_uid))
         return control.Locked(wiped=wiped, held=_held_records(held))
 

@@ -39,6 +39,10 @@ class CredentialCache:
         os.ftruncate(fd, _SIZE_BYTES)
         return cls(fd)
 
+    def close(self) -> None:
+        """Give the memory back; the kernel zeroes it once no worker holds it either."""
+        os.close(self._fd)
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """As `CredentialStore.exclusive`; a holder's end gives its turn away.

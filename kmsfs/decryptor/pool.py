@@ -123,6 +123,33 @@ class WorkerPool:
             self._zygote.ready.set()
             self._zygote = None
 
+    async def end_zygote(self) -> None:
+        """Have the zygote end, and wait until it has: no memory holds its credentials then.
+
+        The end of file on its socket says so, which it leaves to the kernel to close.
+
+        Raises:
+            GuaranteeNotMet: it has not ended; it will as soon as it can.
+        Cancellation: it ends all the same.
+        """
+        if self._zygote is None:
+            return
+        # Others may be waiting on the socket, and are woken by its closing.
+        with trio.socket.fromfd(
+            self._zygote.sock.fileno(), socket.AF_UNIX, socket.SOCK_SEQPACKET
+        ) as leaving:
+            with contextlib.suppress(OSError):
+                leaving.shutdown(socket.SHUT_WR)
+            self.drop_zygote()
+            with trio.move_on_after(_REAP_S) as waiting:
+                await _until_closed(leaving)
+        if waiting.cancelled_caught:
+            raise GuaranteeNotMet(
+                f"{_REAP_S:.0f} s after it was told to, the process that holds credentials had "
+                "not ended",
+                hint="lock again, or unmount",
+            )
+
     async def end_all(self) -> None:
         """Kill every worker and wait until the kernel has ended it.
 
@@ -272,6 +299,13 @@ class WorkerPool:
                 self.drop_zygote()
         finally:
             zygote.ready.set()
+
+
+async def _until_closed(sock: trio.socket.SocketType) -> None:
+    """Wait for a peer's end, whatever it has still to say."""
+    with contextlib.suppress(OSError):
+        while await sock.recv(wire.MAX_FRAME_BYTES):
+            pass
 
 
 def _checked_pidfd(fd: int | None) -> int:

@@ -143,6 +143,9 @@ def _serve(argv: list[str]) -> None:
     with contextlib.suppress(wire.WireError):
         wire.send(control, ready)
         Zygote(control, settings, cache).run()
+    if cache is not None:
+        # Before the end of this process is seen.
+        cache.close()
 
 
 if __name__ == "__main__":

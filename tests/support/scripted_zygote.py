@@ -15,10 +15,13 @@ import subprocess
 import sys
 from typing import NoReturn
 
+import msgspec
+
 from kmsfs.decryptor import wire
 from kmsfs.errors import KmsfsError
 from kmsfs.memory import process
 from kmsfs.memory.mapping import LockedMapping, create_secret_memory, round_to_pages
+from kmsfs.memory.sandbox import SandboxReport
 
 REPORT = process.ProcessReport(
     undumpable=True, core_limit_zero=True, memory_locked=True, allocator_scrubs=True
@@ -79,6 +82,18 @@ def work(sock: socket.socket, step: str) -> None:
                     wire.expect(wire.receive(sock), wire.Taken)
                 except wire.WireError:
                     return
+            case "serve-last":
+                last = msgspec.structs.replace(answer(request, len(plaintext)), last=True)
+                wire.send(sock, last, [memory_with(plaintext)])
+                wire.receive(sock)
+            case "serve-unconfined":
+                open_to_it = SandboxReport(landlock_abi=0, seccomp=False, gaps=("open",))
+                report = msgspec.structs.replace(REPORT, sandbox=open_to_it)
+                told = msgspec.structs.replace(answer(request, len(plaintext)), report=report)
+                wire.send(sock, told, [memory_with(plaintext)])
+                wire.receive(sock)
+            case "ask-another":
+                wire.send(sock, wire.AskAnother(id=request.id))
             case "serve-and-die":
                 wire.send(sock, answer(request, len(plaintext)), [memory_with(plaintext)])
                 wire.receive(sock)

@@ -43,6 +43,15 @@ def content_of(slot: Slot) -> bytes:
         target.close()
 
 
+def content_of_memory(fd: int, size_bytes: int) -> bytes:
+    """What a worker handed over; closes `fd`."""
+    slot = Arena(64 << 20).adopt(fd, size_bytes)
+    try:
+        return content_of(slot)
+    finally:
+        slot.wipe()
+
+
 def without_memfd_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be on a kernel that has no memfd_secret."""
 

@@ -17,13 +17,15 @@ from kmsfs.decryptor.client import DecryptorClient, Plaintext
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.decryptor.worker import version_of
 from kmsfs.errors import (
+    CredentialsUnavailable,
     DeadlineExceeded,
+    GuaranteeNotMet,
     KeyUnusable,
     LockedMemoryExhausted,
     WorkerBug,
     WorkerFailed,
 )
-from kmsfs.events import WorkerEnded
+from kmsfs.events import ConfinementWeak, WorkerEnded
 from kmsfs.formats.binding import Place
 from kmsfs.memory.arena import Arena
 from tests.support import scripted_zygote
@@ -270,6 +272,71 @@ async def test_dropping_a_zygote_that_is_still_starting_harms_nobody(site: Open)
         await trio.testing.wait_all_tasks_blocked()
         assert await s.decrypt_and_wipe() == PLAINTEXT
         assert len(s.zygotes) == 2
+
+
+@pytest.mark.trio
+async def test_ending_the_zygote_returns_once_it_has_ended(site: Open) -> None:
+    async with site(["serve"]) as s:
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        await s.client.workers.end_zygote()
+        assert not s.client.workers.has_zygote
+        assert s.zygotes[0].wait(1) == 0
+        await s.client.workers.end_zygote()
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+
+
+@pytest.mark.trio
+async def test_ending_a_zygote_that_is_still_starting_waits_for_it(site: Open) -> None:
+    async with site(["serve"]) as s:
+        await s.bring_zygote()
+        await s.client.workers.end_zygote()
+        assert s.zygotes[0].wait(1) == 0
+
+
+@pytest.mark.trio
+async def test_a_zygote_that_does_not_end_is_told(
+    site: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_REAP_S", 0.2)
+    async with site(["serve"]) as s:
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        s.zygotes[0].send_signal(signal.SIGSTOP)
+        with pytest.raises(GuaranteeNotMet, match="credentials"):
+            await s.client.workers.end_zygote()
+
+
+@pytest.mark.trio
+async def test_a_worker_that_takes_no_more_requests_is_not_asked_again(site: Open) -> None:
+    async with site(["serve-last", "serve"]) as s:
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        (first,) = s.client.workers.pids
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        assert first not in s.client.workers.pids
+        assert s.events.events == []
+
+
+@pytest.mark.trio
+async def test_refused_credentials_that_were_kept_cost_another_worker_and_no_error(
+    site: Open,
+) -> None:
+    async with site(["ask-another", "ask-another", "ask-another", "serve"]) as s:
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        assert s.events.events == []
+
+
+@pytest.mark.trio
+async def test_workers_that_all_ask_for_another_are_not_asked_for_ever(site: Open) -> None:
+    async with site(["ask-another"]) as s:
+        with pytest.raises(CredentialsUnavailable):
+            await s.decrypt()
+
+
+@pytest.mark.trio
+async def test_workers_that_are_not_fully_confined_are_told_of_once(site: Open) -> None:
+    async with site(["serve-unconfined"]) as s:
+        for _ in range(2):
+            assert await s.decrypt_and_wipe() == PLAINTEXT
+        assert s.events.events == [ConfinementWeak("workers", ("open",))]
 
 
 @pytest.mark.trio

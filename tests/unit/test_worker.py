@@ -1,16 +1,10 @@
 """Zygote and worker as real processes, spoken to frame by frame, against the strict KMS."""
 
-import contextlib
 import os
-import select
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from kmsfs.decryptor import wire
@@ -20,11 +14,10 @@ from kmsfs.errors import CiphertextChanging, FileTooLarge, SourceUnreadable, Wor
 from kmsfs.formats.binding import PATH_KEY, Place
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.mapping import LockedMapping, check_received
-from kmsfs.memory.process import SCRUBBING_ENVIRONMENT
-from kmsfs.settings import KmsSettings
 from tests.support import canary
 from tests.support.esdk_writer import EsdkWriter, WrittenKey
 from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.peers import Peer, running_peer
 from tests.support.process_facts import locked_kib, open_fds
 from tests.support.secret_memory import content_of, second_look, without_memfd_secret
 from tests.support.strict_keys import KmsKey
@@ -33,89 +26,10 @@ from tests.support.strict_kms import StrictKms
 PLAINTEXT = canary.secret("worker", 300)
 
 
-class Peer:
-    """The daemon's side: a zygote, and a worker of it."""
-
-    def __init__(self, zygote: "subprocess.Popen[bytes]", control: socket.socket) -> None:
-        self.zygote, self.control = zygote, control
-        greeting, _ = wire.expect(wire.receive(control), wire.ZygoteReady)
-        self.greeting: wire.ZygoteReady = greeting
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            wire.send(control, wire.SpawnWorker(id=1), [theirs.fileno()])
-        spawned, pidfd = wire.expect(wire.receive(control), wire.WorkerSpawned)
-        assert pidfd is not None
-        self.pid: int = spawned.pid
-        self.pidfd = pidfd
-        self.ids = iter(range(1, 1000))
-
-    def request(
-        self, path: Path, rules: DecryptRules, *, deadline_s: float = 20.0, stale: bool = False
-    ) -> wire.Decrypt:
-        """Ask for a file."""
-        fd = os.open(path, os.O_RDONLY)
-        version = (1, 2, 3, 4, 5) if stale else version_of(fd)
-        message = wire.Decrypt(
-            id=next(self.ids), rules=rules, version=version, deadline_s=deadline_s
-        )
-        wire.send(self.sock, message, [fd])
-        os.close(fd)
-        return message
-
-    def answer(self) -> tuple[wire.Message, int | None]:
-        """What the worker says."""
-        return wire.receive(self.sock)
-
-    def failure(self, path: Path, rules: DecryptRules, **how: float) -> tuple[str, str]:
-        """Code and detail of a request that must fail."""
-        request = self.request(path, rules, **how)  # type: ignore[arg-type] # **float
-        failed, _ = wire.expect(self.answer(), wire.Failed)
-        assert failed.id == request.id
-        return failed.code, failed.detail
-
-    def ended(self) -> bool:
-        """Whether the worker ends within a few seconds."""
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(10_000))
-
-
-@contextlib.contextmanager
-def running_peer(kms: StrictKms, endpoint_url: str) -> Iterator[Peer]:
-    """A zygote as the launcher starts it."""
-    settings = KmsSettings(endpoint_url=endpoint_url)
-    settings_r, settings_w = os.pipe()
-    os.write(settings_w, msgspec.json.encode(settings))
-    os.close(settings_w)
-    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        zygote = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "kmsfs.decryptor.zygote",
-                str(theirs.fileno()),
-                str(settings_r),
-            ],
-            pass_fds=[theirs.fileno(), settings_r],
-            env={**kms.env(), **SCRUBBING_ENVIRONMENT},
-        )
-    os.close(settings_r)
-    peer = Peer(zygote, control)
-    try:
-        yield peer
-    finally:
-        peer.sock.close()
-        control.close()
-        assert zygote.wait(10) == 0
-        assert peer.ended()
-        os.close(peer.pidfd)
-
-
 @pytest.fixture
 def peer(strict_kms: StrictKms) -> Iterator[Peer]:
     """A worker that may call `strict_kms`; zygote and worker must end by themselves."""
-    with running_peer(strict_kms, strict_kms.endpoint_url) as found:
+    with running_peer(strict_kms.env(), strict_kms.endpoint_url) as found:
         yield found
 
 
@@ -158,7 +72,7 @@ def test_each_request_has_a_deadline_of_its_own(
     blob: Path,
     rules: DecryptRules,
 ) -> None:
-    with running_peer(strict_kms, fault_proxy.endpoint_url) as peer:
+    with running_peer(strict_kms.env(), fault_proxy.endpoint_url) as peer:
         fault_proxy.inject(Fault.HANG, times=1)
         code, _ = peer.failure(blob, rules, deadline_s=0.3)
         assert code in ("DeadlineExceeded", "KmsUnreachable")
@@ -235,7 +149,7 @@ def test_a_peer_that_breaks_the_protocol_is_left(peer: Peer, frame: bytes) -> No
 def test_workers_end_with_their_zygote(
     strict_kms: StrictKms, blob: Path, rules: DecryptRules
 ) -> None:
-    with running_peer(strict_kms, strict_kms.endpoint_url) as peer:
+    with running_peer(strict_kms.env(), strict_kms.endpoint_url) as peer:
         # It is at work by now, and has asked for its parent's signal.
         assert peer.failure(blob, rules, stale=True)[0] == "CiphertextChanging"
         os.kill(peer.pid, signal.SIGSTOP)
