@@ -1,11 +1,14 @@
-"""`python -m tests.benchmark [first_read] [start] [load]`: print every ratio with its bound."""
+"""`python -m tests.benchmark [NAME...]`: print every ratio with its bound.
+
+Names: first_read, protection, start, load; all without any.
+"""
 
 import importlib
 import sys
 import tempfile
 from pathlib import Path
 
-_ALL = ("first_read", "start", "load")
+_ALL = ("first_read", "protection", "start", "load")
 
 
 def main(names: list[str]) -> None:
