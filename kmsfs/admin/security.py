@@ -146,7 +146,7 @@ def _swap(
     )
     harmless = all(device.kind != "plain" for device in devices)
     forbidden = zygote is not None and procfs.swap_is_forbidden(zygote.pid)
-    if locked or (devices == [] and zygote is not None) or forbidden:
+    if locked or not devices or forbidden:
         return Finding(promise=promise, grade="good", evidence=evidence)
     return Finding(
         promise=promise,
@@ -173,20 +173,25 @@ def _dumps(status: MountStatus, processes: list[ProcessFacts]) -> Finding:
 
 
 def _confinement(status: MountStatus, daemon: ProcessFacts | None) -> Finding:
-    promise = "the daemon can neither use the network nor run programs nor write files"
+    promise = "no process that sees plaintext can run programs, write files or talk to others"
     if daemon is None:
         return Finding(promise=promise, grade="broken", evidence="the daemon is gone")
+    gaps = [
+        f"{name}: {gap}"
+        for name, report in (("daemon", status.daemon), ("worker", status.workers))
+        if report is not None and report.sandbox is not None
+        for gap in report.sandbox.gaps
+    ]
     evidence = (
-        f"seccomp {'filters' if daemon.seccomp_filtered else 'does not filter'}, no_new_privs "
-        f"{'is set' if daemon.no_new_privileges else 'is not set'}"
+        f"daemon: seccomp {'filters' if daemon.seccomp_filtered else 'does not filter'}, "
+        f"no_new_privs {'is set' if daemon.no_new_privileges else 'is not set'}"
     )
-    missing = [text for text in status.weaknesses if "onfine" in text]
-    if daemon.seccomp_filtered and daemon.no_new_privileges and not missing:
-        return Finding(promise=promise, grade="good", evidence=evidence)
+    if daemon.seccomp_filtered and daemon.no_new_privileges and not gaps:
+        return Finding(promise=promise, grade="good", evidence=f"{evidence}; Landlock in force")
     return Finding(
         promise=promise,
         grade="weak",
-        evidence="; ".join((evidence, *missing)),
+        evidence="; ".join((evidence, *gaps)),
         todo="use a kernel with seccomp and Landlock (lsm=landlock,...)",
     )
 

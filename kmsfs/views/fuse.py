@@ -37,6 +37,11 @@ _METADATA_DEADLINE_S: Final = 5.0
 
 _BLOCK_BYTES: Final = 512  # unit of st_blocks, stat(2)
 
+# What the kernel and libfuse say when there is no page to drop.
+_NOT_CACHED: Final = frozenset(
+    {errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN, errno.EINVAL}
+)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -376,6 +381,6 @@ def _invalidate(numbers: list[int]) -> None:
         try:
             pyfuse3.invalidate_inode(number)
         except OSError as error:
-            # ENOENT: the kernel has forgotten the inode. ENODEV and EBADF: the mount is gone.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN):
+            # ENOENT: the kernel has forgotten the inode. The others: the mount is gone.
+            if error.errno not in _NOT_CACHED:
                 log.warning("inode %d was not invalidated: errno %s", number, error.errno)

@@ -10,7 +10,6 @@ from tests.support import canary
 
 KMSFS = (sys.executable, "-m", "kmsfs")
 
-"""A prefix for `run_kmsfs`."""
 
 TIMEOUT_S = 60.0
 
