@@ -89,6 +89,15 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class NotShown:
+    """A file of the source is not in the ramfs, or not any more, and why."""
+
+    path: str
+    error: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class PublishHeldBack:
     """A new set of files was not published, or not all of it; what was there before stays."""
 
@@ -112,6 +121,7 @@ Event = (
     | LockChanged
     | WorkerEnded
     | Published
+    | NotShown
     | PublishHeldBack
     | ConfinementWeak
 )

@@ -11,6 +11,7 @@ from kmsfs.events import (
     DecryptFailed,
     Event,
     LockChanged,
+    NotShown,
     Opened,
     OpenRefused,
     Published,
@@ -103,6 +104,8 @@ class LogSink:
                     event.removed,
                     event.failed,
                 )
+            case NotShown():
+                log.warning("%s: not shown: %s: %s", event.path, event.error, event.detail)
             case PublishHeldBack():
                 log.warning("files stay as they were: %s", event.reason)
             case Opened():

@@ -5,23 +5,20 @@ one step. What lies where is `ram_tree`'s matter, what is shown `ram_plan`'s, ho
 `ram_fill`'s; this one keeps time.
 """
 
-import functools
-import hashlib
 import math
 import os
 from typing import Final
 
-import msgspec
 import trio
 
 from kmsfs.errors import KmsfsError, MountFailed
-from kmsfs.events import EventSink, Published, PublishHeldBack
+from kmsfs.events import EventSink, NotShown, Published, PublishHeldBack
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import MountConfig
 from kmsfs.store import watch
 from kmsfs.store.volume import Volume
 from kmsfs.views import mountpoint as mounts
-from kmsfs.views import ram_mount, ram_plan
+from kmsfs.views import ram_mount, ram_plan, ram_state
 from kmsfs.views.ram_fill import Filling
 from kmsfs.views.ram_plan import NextSet, Outcome, RamFile, Trouble, boot_clock_s
 from kmsfs.views.ram_tree import OPENING_S, RamTree
@@ -43,14 +40,6 @@ _MAX_ATTEMPTS: Final = 5
 
 # Before what is overdue is tried again.
 _OVERDUE_PAUSE_S: Final = 1.0
-
-
-class _State(msgspec.Struct, frozen=True):
-    """What lies beside the files, for whoever takes them over."""
-
-    settings: str
-    files: dict[str, RamFile]
-    directories: tuple[str, ...]
 
 
 def _memory_of(files: dict[str, RamFile]) -> int:
@@ -240,6 +229,7 @@ class RamView:
                     return False
                 await self._publish(filling, following)
             self.shown, self._directories = following.files, following.directories
+            self._tell_missing(following)
             self._held_back = following.held_back
             self.stale, self.missing, self.problem = following.stale, following.failed, ""
             return True
@@ -301,6 +291,13 @@ class RamView:
         for path in self._troubles.keys() - in_source:
             del self._troubles[path]
 
+    def _tell_missing(self, following: NextSet) -> None:
+        """What failed for the same reason before was told then."""
+        for path, error in following.failed.items():
+            before = self.missing.get(path)
+            if before is None or before.code != error.code:
+                self._events.emit(NotShown(path, error.code, error.detail))
+
     def _shows(self, following: NextSet) -> bool:
         """Whether these are the files that programs see already."""
         return (
@@ -312,8 +309,8 @@ class RamView:
 
     async def _publish(self, filling: Filling, following: NextSet) -> None:
         was = self.shown
-        state = _State(self._settings_digest, following.files, following.directories)
-        await filling.publish(following, msgspec.json.encode(state))
+        state = ram_state.encode(self._config, following.files, following.directories)
+        await filling.publish(following, state)
         self._published = True
         self._retire_at = trio.current_time() + _LINGER_S
         self._wake_up()
@@ -337,29 +334,11 @@ class RamView:
         """
         mount = mounts.find_mount(self._config.mountpoint)
         if mount is not None and mounts.is_ours(mount):
-            state = self._state_left()
-            if state is not None:
-                self.shown, self._directories = state.files, state.directories
+            left = ram_state.read(self._tree, self._config)
+            if left is not None:
+                self.shown, self._directories = left.files, left.directories
                 self._published = True
         self._tree.retire()
-
-    def _state_left(self) -> _State | None:
-        raw = self._tree.read_state()
-        if raw is None:
-            return None
-        try:
-            state = msgspec.json.decode(raw, type=_State)
-        except msgspec.DecodeError:
-            return None
-        return state if state.settings == self._settings_digest else None
-
-    @functools.cached_property
-    def _settings_digest(self) -> str:
-        """Of all that decides which plaintexts are shown, and how."""
-        settings = msgspec.structs.replace(
-            self._config, view_reason="", require_all=False, once=False
-        )
-        return hashlib.blake2b(msgspec.json.encode(settings), digest_size=16).hexdigest()
 
     # --- taking away ---------------------------------------------------------------------------
 

@@ -86,6 +86,33 @@ def test_killed_at_any_moment_of_a_refresh_it_shows_one_whole_set_and_is_taken_o
     assert os.listdir(volume.path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("run", range(2))
+def test_ended_at_any_moment_of_a_refresh_it_leaves_nothing_and_can_be_mounted_again(
+    site: Site, number: signal.Signals, run: int
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    site.make_volume()
+    names = [f"file-{number}" for number in range(12)]
+    new = site.secret("new", 30_000)
+    for name in names:
+        site.encrypt(name, site.secret("old", 20_000))
+    volume = ramfs(site)
+    pids = processes_of(volume.path)
+    for name in names:
+        site.encrypt(name, new)
+    wait_briefly(chance.uniform(0.0, 0.6))
+    os.kill(volume.launcher_pid, number)
+    for pid in pids:
+        wait_gone(pid)
+    assert volume.mount is None
+    assert os.listdir(volume.path) == []
+    volume.kmsfs("mount", site.source, volume.path, "--view", "ramfs")
+    assert {(volume.path / name).read_bytes() for name in names} == {new}
+
+
 def wait_briefly(seconds: float) -> None:
     """Let other processes come to an arbitrary point."""
     subprocess.run([sys.executable, "-c", f"import time; time.sleep({seconds})"], check=True)
@@ -211,7 +238,7 @@ def test_without_kms_an_expired_file_stays_for_the_stale_time_and_says_so(
 ) -> None:
     site = strict_site
     site.make_volume()
-    site.append_config("deadline_s = 1.0\n[cache]\nttl_s = 0.3\nstale_s = 600\n")
+    site.append_config("deadline_s = 4.0\n[cache]\nttl_s = 0.3\nstale_s = 600\n")
     content = site.secret("key", 300)
     site.encrypt("key", content)
     volume = ramfs(site, env={**site.env, "AWS_ENDPOINT_URL": fault_proxy.endpoint_url})
@@ -231,7 +258,7 @@ def test_without_kms_an_expired_file_goes_where_no_stale_time_is_set(
 ) -> None:
     site = strict_site
     site.make_volume()
-    site.append_config("deadline_s = 1.0\n[cache]\nttl_s = 0.3\n")
+    site.append_config("deadline_s = 4.0\n[cache]\nttl_s = 0.3\n")
     content = site.secret("key", 300)
     site.encrypt("key", content)
     volume = ramfs(site, env={**site.env, "AWS_ENDPOINT_URL": fault_proxy.endpoint_url})
@@ -248,7 +275,7 @@ def test_while_kms_is_away_for_one_of_a_changed_pair_both_stay_as_they_were(
     site = strict_site
     other = site.kms.create_key()
     site.make_volume(key_ids=(site.key_arn, other.arn))
-    site.append_config("deadline_s = 1.0\n")
+    site.append_config("deadline_s = 4.0\n")
     old, new = site.secret("old", 300), site.secret("new", 300)
     site.encrypt("cert", old)
     site.encrypt("key", old, key_arn=other.arn)

@@ -12,8 +12,11 @@ from kmsfs.events import (
     DecryptFailed,
     Event,
     LockChanged,
+    NotShown,
     Opened,
     OpenRefused,
+    Published,
+    PublishHeldBack,
     Wiped,
     WorkerEnded,
 )
@@ -47,6 +50,15 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         (LockChanged(locked=True, by_uid=0), "kmsfs: WARNING: locked by uid 0\n"),
         (LockChanged(locked=False, by_uid=5), "kmsfs: WARNING: unlocked by uid 5\n"),
         (WorkerEnded(3, "gone"), "kmsfs: WARNING: worker 3 ended: gone\n"),
+        (
+            NotShown("a", "RamLimitReached", "full"),
+            "kmsfs: WARNING: a: not shown: RamLimitReached: full\n",
+        ),
+        (
+            Published(3, 8192, added=1, changed=2, removed=0, failed=1),
+            "kmsfs: INFO: published 3 files, 8192 bytes: 1 added, 2 changed, 0 removed, 1 failed\n",
+        ),
+        (PublishHeldBack("no"), "kmsfs: WARNING: files stay as they were: no\n"),
         (Opened("a", 0, 0, 1, from_cache=True), ""),
         (Wiped("a", 1, "expired"), ""),
     ],
