@@ -11,7 +11,7 @@ from tests.support import without_memfd_secret
 from tests.support.canary import forms_of, secret
 from tests.support.control_process import control_process
 from tests.support.core_pattern import Cores, cores
-from tests.support.mounts import process_name, wait_gone
+from tests.support.mounts import MountedVolume, children_of, process_name, wait_gone, wait_until
 from tests.support.sites import Site
 
 WITH_CORES = ("prlimit", "--core=unlimited:unlimited")
@@ -39,10 +39,24 @@ def test_no_process_of_a_mount_leaves_a_core(
     crashed = [*volume.workers(), status["zygote_pid"], status["daemon_pid"], launcher]
     names = [process_name(pid) for pid in crashed]
     assert names == ["kmsfs-worker", "kmsfs-zygote", "kmsfs-daemon", "kmsfs-launcher"]
-    for pid in crashed:
+    for pid in crashed[:-1]:
         os.kill(pid, number)
         wait_gone(pid)
+    wait_until(lambda: is_served(volume), "it is mounted anew")
+    others = children_of(launcher)
+    os.kill(launcher, number)
+    # They end with it.
+    for pid in (launcher, *others):
+        wait_gone(pid)
     assert [name for name, pid in zip(names, crashed, strict=True) if taken.of(pid)] == []
+
+
+def is_served(volume: MountedVolume) -> bool:
+    """Whether a daemon answers."""
+    try:
+        return volume.path.joinpath("key").exists()
+    except OSError:
+        return False
 
 
 def test_a_process_that_takes_no_care_leaves_a_core_with_what_it_held(
