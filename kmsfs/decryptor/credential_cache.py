@@ -15,12 +15,14 @@ import msgspec
 
 from kmsfs import libc
 from kmsfs.errors import LockedMemoryExhausted
-from kmsfs.keys.credentials import SessionCredentials
+from kmsfs.keys.credentials import Kept, SessionCredentials
 from kmsfs.memory.mapping import LockedMapping
 
 # Session tokens take some 1 to 4 KiB.
 _SIZE_BYTES: Final = 16 << 10
 _LENGTH_BYTES: Final = 4
+
+_decoder: Final[msgspec.json.Decoder[Kept]] = msgspec.json.Decoder(Kept)
 
 
 class CredentialCache:
@@ -55,7 +57,7 @@ class CredentialCache:
         finally:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
-    def read(self) -> SessionCredentials | None:
+    def read(self) -> Kept | None:
         """As `CredentialStore.read`."""
         with self._mapped() as view:
             if view is None:
@@ -65,14 +67,14 @@ class CredentialCache:
                 return None
             with view[_LENGTH_BYTES : _LENGTH_BYTES + length] as content:
                 try:
-                    return msgspec.json.decode(content, type=SessionCredentials)
+                    return _decoder.decode(content)
                 except msgspec.DecodeError:
                     # A worker that was killed while it wrote.
                     return None
 
-    def write(self, credentials: SessionCredentials | None) -> None:
+    def write(self, kept: Kept | None) -> None:
         """As `CredentialStore.write`."""
-        content = b"" if credentials is None else msgspec.json.encode(credentials)
+        content = b"" if kept is None else msgspec.json.encode(kept)
         with self._mapped() as view:
             if view is None:
                 return

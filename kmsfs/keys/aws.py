@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import botocore.exceptions
-
 from kmsfs.errors import (
     CiphertextInvalid,
     CredentialsUnavailable,
@@ -126,12 +124,12 @@ class AwsKeyService:
         with (
             self._dropping_on_refusal(),
             deadline.limit(self._seconds_left()),
-            _translating("Decrypt", key_id),
+            aws_errors.translating("Decrypt", key_id),
         ):
             session = self._session = self._session or AwsSession(self._settings)
             region = region_of(key_id) or session.region
             if region is not None:
-                self._freeze(session, region)
+                self._freeze(session, region, key_id)
 
     def decrypt(
         self, ciphertext: bytes, *, key_id: str | None, encryption_context: Mapping[str, str]
@@ -249,43 +247,27 @@ class AwsKeyService:
     def _call_once(
         self, operation: str, key_id: str | None, parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        with _translating(operation, key_id):
+        with aws_errors.translating(operation, key_id):
             session = self._session = self._session or AwsSession(self._settings)
             region = region_of(key_id) or session.region
             if region is None:
                 raise RegionUnknown(f"{aws_errors.describe(operation, key_id)}: no region is known")
-            self._freeze(session, region)
+            self._freeze(session, region, key_id)
             answer = getattr(session.client(region), _METHODS[operation])(**parameters)
         if not isinstance(answer, dict):
             raise KmsAnswerInvalid(f"{operation}: the answer is no structure")
         return answer
 
-    def _freeze(self, session: AwsSession, region: str) -> None:
+    def _freeze(self, session: AwsSession, region: str, key_id: str | None) -> None:
         if self._confine is None or self._confined:
             return
-        session.freeze(region, self._store)
+        session.freeze(region, self._store, about=("Decrypt", key_id))
         ports = session.ports(region)
         self._found_now = session.found_here
         # A deadline may strike in between.
         self._half_confined = True
         self._confine(ports)
         self._confined, self._half_confined = True, False
-
-
-@contextlib.contextmanager
-def _translating(operation: str, key_id: str | None) -> Iterator[None]:
-    """Turn everything that botocore lets out into errors of ours."""
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        raise aws_errors.translate_client_error(error, operation, key_id) from None
-    except botocore.exceptions.BotoCoreError as error:
-        raise aws_errors.translate_botocore_error(error, operation, key_id) from None
-    except aws_errors.STRAY as error:
-        translated = aws_errors.translate_stray(error, operation, key_id)
-        if translated is None:
-            raise
-        raise translated from None
 
 
 _METHODS: Final = {

@@ -5,8 +5,9 @@ details are made of operation, key id, error code, request id and host name alon
 exceptions themselves are not kept as causes.
 """
 
+import contextlib
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -156,6 +157,22 @@ JSON, or there is nobody to ask for an MFA code."""
 
 # Where those sources live.
 _CREDENTIAL_MODULES: Final = frozenset({"botocore.credentials", "botocore.tokens"})
+
+
+@contextlib.contextmanager
+def translating(operation: str, key_id: str | None) -> Iterator[None]:
+    """Turn everything that botocore lets out inside into errors of ours; arguments as below."""
+    try:
+        yield
+    except boto.ClientError as error:
+        raise translate_client_error(error, operation, key_id) from None
+    except boto.BotoCoreError as error:
+        raise translate_botocore_error(error, operation, key_id) from None
+    except STRAY as error:
+        translated = translate_stray(error, operation, key_id)
+        if translated is None:
+            raise
+        raise translated from None
 
 
 def translate_client_error(

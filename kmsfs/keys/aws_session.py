@@ -30,12 +30,13 @@ from botocore.httpsession import ProxyConfiguration
 from botocore.loaders import Loader
 from botocore.session import Session
 
-from kmsfs.errors import ConfigInvalid, CredentialsUnavailable
-from kmsfs.keys import deadline
+from kmsfs.errors import ConfigInvalid, CredentialsUnavailable, KmsfsError, from_code
+from kmsfs.keys import aws_errors, deadline
 from kmsfs.keys.credentials import (
     STATIC_SOURCES,
     UNDATED_S,
     CredentialStore,
+    FailedSearch,
     SessionCredentials,
 )
 from kmsfs.settings import KmsSettings
@@ -114,26 +115,46 @@ class AwsSession:
                 self._clients[region] = self._new_client(region)
             return self._clients[region]
 
-    def freeze(self, region: str, store: CredentialStore | None) -> None:
+    def freeze(
+        self, region: str, store: CredentialStore | None, *, about: tuple[str, str | None]
+    ) -> None:
         """Find credentials that no client of this session will refresh; before the first one.
 
         Args:
             region: where KMS will be asked.
             store: looked into first; takes what had to be found, for other processes.
+            about: operation and key that they are for, for an error's detail.
 
-        Raises: as `client`.
+        Raises:
+            KmsfsError: there are none.
         """
+        began_at = time.monotonic()
         with self._lock, contextlib.nullcontext() if store is None else store.exclusive():
-            held = None if store is None else store.read()
-            if held is None or held.near_expiry:
-                held = _as_they_are(self._find_credentials(region))
-                self.found_here = True
-                if store is not None and held.shareable:
-                    store.write(held)
-            keys = (held.access_key, held.secret_key, held.token)
-            self._session.set_credentials(*keys, account_id=held.account_id)
-            self._credentials = Credentials(*keys, method=held.source)
-            self.frozen = held
+            kept = None if store is None else store.read()
+            if isinstance(kept, FailedSearch) and kept.at >= began_at:
+                raise from_code(kept.code, kept.detail)
+            if not isinstance(kept, SessionCredentials) or kept.near_expiry:
+                kept = self._search(region, store, about)
+            keys = (kept.access_key, kept.secret_key, kept.token)
+            self._session.set_credentials(*keys, account_id=kept.account_id)
+            self._credentials = Credentials(*keys, method=kept.source)
+            self.frozen = kept
+
+    def _search(
+        self, region: str, store: CredentialStore | None, about: tuple[str, str | None]
+    ) -> SessionCredentials:
+        self.found_here = True
+        try:
+            with aws_errors.translating(*about):
+                found = _as_they_are(self._find_credentials(region))
+        except KmsfsError as error:
+            if store is not None:
+                failed = FailedSearch(at=time.monotonic(), code=error.code, detail=error.detail)
+                store.write(failed)
+            raise
+        if store is not None and found.shareable:
+            store.write(found)
+        return found
 
     def ports(self, region: str) -> frozenset[int]:
         """The TCP ports that calls to KMS go to: its endpoint's, and that of a proxy.

@@ -20,7 +20,7 @@ STATIC_SOURCES: Final = frozenset(
 )
 
 
-class SessionCredentials(msgspec.Struct, frozen=True, kw_only=True):
+class SessionCredentials(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Credentials of one moment. The repr shows none of them.
 
     Attributes:
@@ -50,6 +50,23 @@ class SessionCredentials(msgspec.Struct, frozen=True, kw_only=True):
         return self.source not in STATIC_SOURCES and not self.near_expiry
 
 
+class FailedSearch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """That no credentials were found, for whoever was waiting meanwhile: asking a source that
+    fails slowly one after the other would use up everybody's time.
+
+    Attributes:
+        at: when, as time.monotonic() has it, which is one clock for all processes.
+        code, detail: of the `KmsfsError`.
+    """
+
+    at: float
+    code: str
+    detail: str
+
+
+Kept = SessionCredentials | FailedSearch
+
+
 class CredentialStore(Protocol):
     """A place outside this process where session credentials rest for other workers."""
 
@@ -57,11 +74,11 @@ class CredentialStore(Protocol):
         """Keep other workers from reading and finding any meanwhile; waits for its turn."""
         ...
 
-    def read(self) -> SessionCredentials | None:
+    def read(self) -> Kept | None:
         """What lies there; only within `exclusive`."""
         ...
 
-    def write(self, credentials: SessionCredentials | None) -> None:
+    def write(self, kept: Kept | None) -> None:
         """Replace what lies there, if it has room; only within `exclusive`."""
         ...
 

@@ -142,6 +142,20 @@ def test_a_source_that_fails_is_asked_again_at_the_next_open(given: Fixture) -> 
     assert given.source.runs == 2
 
 
+def test_a_source_that_fails_slowly_costs_a_burst_no_more_than_one_file(given: Fixture) -> None:
+    given.source.give(None, takes_s=2.0)
+    volume = given.mount()
+    readers = [
+        subprocess.Popen(
+            ["cat", given.next_file(volume)], stderr=subprocess.PIPE, env={"LC_ALL": "C"}, text=True
+        )
+        for _ in range(8)
+    ]
+    said = {reader.communicate(timeout=20)[1].strip().rpartition(": ")[2] for reader in readers}
+    assert said == {"Key has expired"}
+    assert given.source.runs == 1
+
+
 def test_refused_credentials_that_nobody_replaces_are_an_error_and_then_recover(
     given: Fixture,
 ) -> None:

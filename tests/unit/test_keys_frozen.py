@@ -10,7 +10,7 @@ from kmsfs.decryptor.credential_cache import CredentialCache
 from kmsfs.errors import CredentialsUnavailable, DeadlineExceeded, RegionUnknown
 from kmsfs.keys import aws_session
 from kmsfs.keys.aws import AwsKeyService
-from kmsfs.keys.credentials import NEAR_EXPIRY_S, UNDATED_S
+from kmsfs.keys.credentials import NEAR_EXPIRY_S, UNDATED_S, FailedSearch, SessionCredentials
 from kmsfs.settings import KmsSettings
 from tests.support.aws_files import AwsFiles
 from tests.support.credential_source import CredentialSource
@@ -300,6 +300,28 @@ def test_what_kms_refuses_is_not_kept(
     assert source.runs == 2
 
 
+def test_a_search_that_fails_is_told_to_those_who_waited_and_to_nobody_later(
+    source: CredentialSource,
+    store: CredentialCache,
+    kms_key: KmsKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source.give(None)
+    began_at = time.monotonic()
+    with pytest.raises(CredentialsUnavailable) as first:
+        Worker(store, profile="web").ask(kms_key)
+    assert isinstance(store.read(), FailedSearch)
+    with pytest.raises(CredentialsUnavailable):
+        Worker(store, profile="web").ask(kms_key)
+    assert source.runs == 2
+    # As if it had begun before the search that failed was over.
+    with monkeypatch.context() as patch:
+        patch.setattr(aws_session.time, "monotonic", lambda: began_at)
+        with pytest.raises(CredentialsUnavailable) as waited:
+            Worker(store, profile="web").ask(kms_key)
+    assert (source.runs, waited.value.detail) == (2, first.value.detail)
+
+
 def test_credentials_of_files_and_environment_are_not_kept(
     aws_files: AwsFiles, store: CredentialCache, strict_kms: StrictKms, kms_key: KmsKey
 ) -> None:
@@ -327,7 +349,7 @@ def test_what_lies_in_the_store_is_json_of_the_credentials_alone(
 ) -> None:
     Worker(store, profile="web").ask(kms_key)
     kept = store.read()
-    assert kept is not None
+    assert isinstance(kept, SessionCredentials)
     admin = strict_kms.admin
     assert (kept.access_key, kept.secret_key) == (admin.access_key_id, admin.secret_access_key)
     assert kept.source == "custom-process"
