@@ -135,7 +135,8 @@ def test_commands_show_what_the_readme_promises(session: Session) -> None:
     assert session.of("kmsfs decrypt").stdout.strip() == b"28"
     assert b"fits" in session.of("kmsfs inspect").stdout
     assert session.of("ls -lL /run/kmsfs/ram/db").stdout.splitlines()[1].startswith(b"-r--------")
-    status = session.of("kmsfs status").stdout
+    assert b"\n  good     " in session.of("kmsfs status --security").stdout
+    status = session.of("kmsfs status /run/kmsfs/app").stdout
     assert b"serving" in status
     assert b"db/password: 28 bytes" in status
 
