@@ -21,6 +21,10 @@ _ORDER: Final[tuple[Grade, ...]] = ("good", "weak", "broken")
 
 _MAX_NAMED: Final = 5
 
+_OUR_FAULT: Final = "this is a fault of kmsfs: please report it"
+
+_FILESYSTEMS: Final = {0x858458F6: "ramfs", 0x01021994: "tmpfs"}  # linux/magic.h
+
 # Credentials that do not expire by themselves, by botocore's names.
 _STATIC_SOURCES: Final = frozenset({"environment", "shared-credentials-file", "config-file"})
 
@@ -100,7 +104,7 @@ def _view(status: MountStatus, device: str) -> Finding:
     ram = status.ram
     if ram is not None:
         promise = "the files lie in a filesystem that is never swapped"
-        evidence = f"{ram.kind}, {ram.files} files, {ram.size_bytes} bytes"
+        evidence = f"{_magic_of(status.mountpoint)}, {ram.files} files, {ram.size_bytes} bytes"
         if ram.swappable:
             return Finding(
                 promise=promise,
@@ -109,7 +113,12 @@ def _view(status: MountStatus, device: str) -> Finding:
                 todo="use a ramfs, or mount the tmpfs with noswap",
             )
         if ram.problem:
-            return Finding(promise=promise, grade="weak", evidence=ram.problem)
+            return Finding(
+                promise=promise,
+                grade="weak",
+                evidence=ram.problem,
+                todo="see to what is mounted there, then `kmsfs umount` and mount again",
+            )
         return Finding(promise=promise, grade="good", evidence=evidence)
     promise = "no plaintext lies in the kernel's page cache"
     mappers = procfs.mappers_of(device)
@@ -169,7 +178,12 @@ def _dumps(status: MountStatus, processes: list[ProcessFacts]) -> Finding:
         f"{', '.join(with_core) or 'none'}; core_pattern {procfs.core_pattern()!r}"
     )
     grade: Grade = "broken" if dumpable else "weak" if with_core else "good"
-    return Finding(promise=promise, grade=grade, evidence=evidence)
+    return Finding(
+        promise=promise,
+        grade=grade,
+        evidence=evidence,
+        todo="" if grade == "good" else _OUR_FAULT,
+    )
 
 
 def _confinement(status: MountStatus, daemon: ProcessFacts | None) -> Finding:
@@ -201,9 +215,19 @@ def _environment(status: MountStatus) -> Finding:
     try:
         names = sorted(n for n in procfs.environment_names(status.daemon_pid) if "AWS" in n)
     except OSError as error:
-        return Finding(promise=promise, grade="weak", evidence=f"its environment: {error.strerror}")
+        return Finding(
+            promise=promise,
+            grade="weak",
+            evidence=f"its environment: {error.strerror}",
+            todo="look as root",
+        )
     if names:
-        return Finding(promise=promise, grade="broken", evidence=f"{', '.join(names)} are set")
+        return Finding(
+            promise=promise,
+            grade="broken",
+            evidence=f"{', '.join(names)} are set",
+            todo=_OUR_FAULT,
+        )
     return Finding(promise=promise, grade="good", evidence="no AWS variable in its environment")
 
 
@@ -253,6 +277,16 @@ def _keys(status: MountStatus) -> Finding:
             promise=promise, grade="weak", evidence="any key is accepted", todo="name the keys"
         )
     return Finding(promise=promise, grade="good", evidence=", ".join(status.key_ids))
+
+
+def _magic_of(mountpoint: str) -> str:
+    """Kind of the filesystem that programs see, by the number that statfs(2) has for it."""
+    fd = os.open(mountpoint, os.O_PATH | os.O_CLOEXEC)
+    try:
+        magic = libc.filesystem_magic(fd)
+    finally:
+        os.close(fd)
+    return f"{_FILESYSTEMS.get(magic, 'an unknown filesystem')} ({magic:#x})"
 
 
 def _has_memfd_secret() -> bool:

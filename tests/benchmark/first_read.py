@@ -66,4 +66,4 @@ def _idle(kms: Kms, directory: Path) -> Result:
     # The first round also waits for the zygote's imports.
     above = median_ms(mounted[1:]) - median_ms(direct[1:])
     detail = f"boto3 {median_ms(direct[1:]):.2f} ms, first read {median_ms(mounted[1:]):.2f} ms"
-    return Result("first read, after idle, above boto3", above, 60.0, " ms", detail)
+    return Result("first read, after idle, above boto3", above, 40.0, " ms", detail)

@@ -68,6 +68,14 @@ def test_evidence_is_what_the_kernel_says(volume: MountedVolume) -> None:
         assert ("init_on_free=1" in cmdline.read()) == (zeroing["grade"] == "good")
 
 
+def test_the_filesystem_of_a_ramfs_is_told_by_its_magic_number(site: Site) -> None:
+    site.make_volume()
+    site.encrypt("key", site.secret("key", 100))
+    finding = of(findings(site.mount("--view", "ramfs")), "never swapped")
+    assert finding["grade"] == "good"
+    assert finding["evidence"].startswith("ramfs (0x858458f6), 1 files")
+
+
 def test_a_program_that_maps_a_file_is_named(volume: MountedVolume) -> None:
     assert of(findings(volume), "page cache")["grade"] == "good"
     with (volume.path / "key").open("rb") as file:
