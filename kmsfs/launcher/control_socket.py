@@ -18,7 +18,7 @@ class ControlSocket:
     def __init__(self, device: str) -> None:
         self._uid = os.geteuid()
         self._path = control.socket_path(device, self._uid)
-        self._inode: int | None = None
+        self._identity: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[socket.socket]:
@@ -35,8 +35,8 @@ class ControlSocket:
             os.unlink(self._path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(self._path)
-            self._inode = os.stat(self._path).st_ino
             os.chmod(self._path, 0o600)
+            self._identity = _identity(self._path)
             listener.listen()
             yield listener
 
@@ -46,5 +46,11 @@ class ControlSocket:
         Once unmounted, the device number may be another mount's, and the path too.
         """
         with contextlib.suppress(FileNotFoundError):
-            if os.stat(self._path).st_ino == self._inode:
+            if _identity(self._path) == self._identity:
                 os.unlink(self._path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """With its time, since a filesystem may give the same inode number to the next file."""
+    info = os.stat(path)
+    return info.st_ino, info.st_ctime_ns
