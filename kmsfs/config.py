@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from kmsfs.errors import ConfigInvalid, ConfigUntrusted
-from kmsfs.settings import CacheSettings, View
+from kmsfs.settings import MAX_HOOKS, CacheSettings, OnChange, View
 
 VOLUME_FILE_NAME: Final = "kmsfs.toml"
 SYSTEM_CONFIG_DIR: Final = Path("/etc/kmsfs")
@@ -26,6 +26,9 @@ _NAME_HINT: Final = "letters, digits, dot, dash and underscore, 64 at most"
 
 # A volume file is a page of text; the bound keeps a planted device or huge file from being read.
 _MAX_CONFIG_BYTES: Final = 1 << 20
+
+# systemd.unit(5): what the name of a unit may consist of.
+_UNIT: Final = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]{0,254}")
 
 _SIZE: Final = re.compile(r"^\s*(\d+)\s*(B|KiB|MiB|GiB)?\s*$")
 _SIZE_UNITS: Final = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -91,10 +94,14 @@ class RuleTable(_Table, frozen=True):
 
 
 class OnChangeTable(_Table, frozen=True):
-    """`[[on_change]]`: what to run when a file that matches changes."""
+    """`[[on_change]]`: what to run, or which systemd unit to reload, when files that match change.
+
+    A unit that cannot reload is restarted; one that does not run is left alone.
+    """
 
     match: str
-    run: tuple[str, ...]
+    run: tuple[str, ...] = ()
+    unit: str | None = None
 
 
 class VolumeFile(_Table, frozen=True):
@@ -152,6 +159,31 @@ def cache_settings(table: CacheTable) -> CacheSettings:
         max_file_bytes=parse_size(table.max_file_bytes, "cache.max_file_bytes"),
         allow_unlocked=table.allow_unlocked,
     )
+
+
+def on_change_settings(table: OnChangeTable) -> OnChange:
+    """One `[[on_change]]` as the command that it comes to.
+
+    Raises:
+        ConfigInvalid: neither or both of `run` and `unit`, or nothing that could be run.
+    """
+    if bool(table.run) == (table.unit is not None):
+        raise ConfigInvalid(
+            f"on_change for {table.match!r} needs either run or unit",
+            hint='run = ["systemctl", "reload", "nginx"], or unit = "nginx.service"',
+        )
+    if table.unit is not None:
+        if not _UNIT.fullmatch(table.unit):
+            raise ConfigInvalid(f"on_change.unit = {table.unit!r} is not the name of a unit")
+        return OnChange(match=table.match, argv=("systemctl", "try-reload-or-restart", table.unit))
+    program = table.run[0]
+    if not program or ("/" in program and not os.path.isabs(program)):
+        raise ConfigInvalid(
+            f"on_change.run begins with {program!r}: it has to be an absolute path, or a name",
+        )
+    if any("\0" in argument for argument in table.run):
+        raise ConfigInvalid("on_change.run has an argument with a null character")
+    return OnChange(match=table.match, argv=table.run)
 
 
 def check_trusted(path: Path, *, uid: int) -> None:
@@ -290,6 +322,10 @@ def _convert(raw: dict[str, Any], path: Path) -> VolumeFile:
     for rule in found.rule:
         if rule.mode is not None:
             parse_mode(rule.mode, "rule.mode")
+    if len(found.on_change) > MAX_HOOKS:
+        raise ConfigInvalid(f"{path} has more than {MAX_HOOKS} tables on_change")
+    for hook in found.on_change:
+        on_change_settings(hook)
     return found
 
 

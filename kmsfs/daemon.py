@@ -24,6 +24,7 @@ import trio
 
 from kmsfs.admin import control, control_server, eventlog, observe
 from kmsfs.admin.status import HeldPlaintext, NamedProblem, RamStatus
+from kmsfs.daemon_hooks import Forget, HookWatch
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
 from kmsfs.errors import ExitCode, GuaranteeNotMet, KmsfsError
@@ -104,11 +105,13 @@ class Daemon:
         self._events.sinks = [eventlog.LogSink()]
         if sandbox.gaps:
             self._events.emit(ConfinementWeak("the daemon", sandbox.gaps))
-        self._view: View = self._make_view(handed.mount_fd)
+        self._view, forget = self._make_view(handed.mount_fd)
+        self._hooks = HookWatch(config, self._volume, self._view, forget=forget, say=self._say)
+        self._events.sinks.append(self._hooks)
 
-    def _make_view(self, mount_fd: int) -> View:
+    def _make_view(self, mount_fd: int) -> tuple[View, Forget | None]:
         if self._config.view == "ramfs":
-            return RamView(self._config, self._volume, self._events, mount_fd)
+            return RamView(self._config, self._volume, self._events, mount_fd), None
         # Imported where it is used: a machine without FUSE need not have its library.
         from kmsfs.views.fuse import FuseView
 
@@ -121,7 +124,7 @@ class Daemon:
             allow_unlocked=self._config.cache.allow_unlocked,
         )
         self._events.sinks.append(view)
-        return view
+        return view, view.forget_what_changed
 
     async def run(self) -> None:
         """Serve until the mount, the launcher or our welcome is gone.
@@ -139,6 +142,7 @@ class Daemon:
                 nursery.start_soon(self._ask_for_zygotes)
                 nursery.start_soon(self._listen_to_launcher)
                 nursery.start_soon(self._obey_signals)
+                nursery.start_soon(self._hooks.run)
                 try:
                     await self._view.serve(self._say_ready, self._say_progress)
                 except KmsfsError as error:
@@ -166,6 +170,7 @@ class Daemon:
     async def unlock(self, by_uid: int) -> control.Unlocked:
         """Serve again; a zygote is asked for at once, so that the first open finds it."""
         self._volume.unlock()
+        self._hooks.look()
         self._want_zygote()
         self._events.emit(LockChanged(locked=False, by_uid=by_uid))
         with trio.move_on_after(_REFILL_S):
@@ -178,6 +183,7 @@ class Daemon:
                 status = await observe.gather(
                     self._config, self._volume, self._client, self._sandbox, self._ram_status()
                 )
+                status = msgspec.structs.replace(status, hooks=self._hooks.status)
                 return control.StatusAnswer(status=status)
             case control.LockRequest():
                 return await self.lock(uid)
@@ -214,6 +220,7 @@ class Daemon:
             raise GuaranteeNotMet(
                 f"{count} could not be decrypted, and all are required", hint="see above"
             )
+        await self._hooks.take_stock()
         await self._say(wire.DaemonReady())
 
     def _say_progress(self, done: int, total: int) -> None:
@@ -255,6 +262,8 @@ class Daemon:
                 case wire.NewZygote() if fd is not None:
                     self._client.workers.attach_zygote(socket.socket(fileno=fd))
                     fd = None
+                case wire.HookReport():
+                    self._hooks.note(message)
                 case wire.Detached():
                     log.info("unmounted: plaintexts nobody has open are wiped")
                     await self._view.detach()

@@ -11,6 +11,9 @@ import msgspec
 View = Literal["fuse", "ramfs", "auto"]
 RamKind = Literal["ramfs", "tmpfs"]
 
+MAX_HOOKS: Final = 64
+"""More on-change hooks than this one volume cannot have."""
+
 # How long a plaintext is good without asking KMS again where no ttl_s is set; 0 is for ever.
 DEFAULT_TTL_S: Final = {"fuse": 300.0, "ramfs": 0.0}
 
@@ -89,6 +92,13 @@ class Ownership(_Record, frozen=True):
     dir_mode: int = 0o555
 
 
+class OnChange(_Record, frozen=True):
+    """An `[[on_change]]`: what is run when served files that `match` change."""
+
+    match: str
+    argv: tuple[str, ...]
+
+
 class MountConfig(_Record, frozen=True):
     """Everything one mount needs; resolved, complete, without secrets.
 
@@ -103,6 +113,7 @@ class MountConfig(_Record, frozen=True):
         run_as: who the daemon becomes; None leaves it the mounting user.
         debug: log more.
         once: fill the ramfs and leave it, with no process behind.
+        on_change: what the launcher runs when served files change.
     """
 
     source: str
@@ -124,6 +135,7 @@ class MountConfig(_Record, frozen=True):
     run_as: RunAs | None = None
     debug: bool = False
     once: bool = False
+    on_change: tuple[OnChange, ...] = ()
 
     def served_as(self, view: Literal["fuse", "ramfs"], reason: str = "") -> "MountConfig":
         """This configuration once the view is decided, with what follows from it."""

@@ -32,7 +32,8 @@ _FILES: Final = {
     "kmsfs.toml": "In the root of a volume: its name, its keys, and the rules it is served under.",
     "/etc/kmsfs/NAME.toml": (
         "What root sets for the volume NAME. It replaces what kmsfs.toml says; with source under "
-        "[volume] it makes that directory a volume by itself."
+        "[volume] it makes that directory a volume by itself. Its tables [[on_change]] say what "
+        "is run when files change."
     ),
     "/run/kmsfs/ctl, $XDG_RUNTIME_DIR/kmsfs": (
         "Control sockets of the mounts of root, and of other users."

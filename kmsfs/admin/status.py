@@ -53,6 +53,21 @@ class RamStatus(msgspec.Struct, frozen=True, kw_only=True):
     problem: str
 
 
+class HookStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An on-change hook, and how it went since the mount began.
+
+    Attributes:
+        run: the command, with its arguments.
+        problem: what went wrong the last time; empty if nothing did.
+    """
+
+    match: str
+    run: tuple[str, ...]
+    runs: int = 0
+    failures: int = 0
+    problem: str = ""
+
+
 class UnattendedStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A ramfs that was filled and left: by `--once`, or by a process that was killed."""
 
@@ -73,6 +88,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
         unbound: files served although they are not bound to their place.
         plaintext_in: the kinds of memory that plaintexts lie in.
         weaknesses: guarantees that do not hold, in words.
+        hooks: what is run when served files change.
     """
 
     mountpoint: str
@@ -100,3 +116,4 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     weaknesses: tuple[str, ...]
     view_reason: str = ""
     ram: RamStatus | None = None
+    hooks: tuple[HookStatus, ...] = ()

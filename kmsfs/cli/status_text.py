@@ -62,6 +62,11 @@ def _mount(record: MountStatus) -> str:
         lines.append(f"    {item.path}: {item.reason}")
         if item.hint:
             lines.append(f"      hint: {item.hint}")
+    for hook in record.hooks:
+        lines.append(f"  hook     {hook.match}: {' '.join(hook.run)}")
+        lines.append(f"    {_times('run', hook.runs)}, {_times('failed', hook.failures)}")
+        if hook.problem:
+            lines.append(f"    the last time: {hook.problem}")
     memory = ", ".join(record.plaintext_in) or ("none held" if record.ram is None else "ramfs")
     lines.append(f"  memory   {memory}")
     credentials = record.credential_source or "not looked for yet"
@@ -80,6 +85,10 @@ def _ram_lines(ram: RamStatus) -> list[str]:
         lines.append(f"  held     {_files(len(ram.held))}, taken away and open in a program")
         lines += [f"    {item.path}" for item in ram.held]
     return lines
+
+
+def _times(what: str, count: int) -> str:
+    return f"{what} once" if count == 1 else f"{what} {count} times"
 
 
 def _files(count: int) -> str:

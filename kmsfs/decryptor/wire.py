@@ -9,12 +9,13 @@ import array
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.memory.process import ProcessReport
+from kmsfs.settings import MAX_HOOKS
 
 VERSION: Final = 1
 
@@ -210,6 +211,27 @@ class Detached(_Message, frozen=True):
     """Launcher to daemon: unmounted lazily; only what is open still needs plaintext."""
 
 
+class HooksDue(_Message, frozen=True):
+    """Daemon to launcher: served files changed, which these on-change hooks are for.
+
+    `changed`: by a hook's place in the configuration, how many files.
+    """
+
+    changed: Annotated[dict[int, int], msgspec.Meta(max_length=MAX_HOOKS)]
+
+
+class HookReport(_Message, frozen=True):
+    """Launcher to daemon: how an on-change hook went so far.
+
+    `problem`: of its last run; empty if that went well.
+    """
+
+    hook: int
+    runs: int
+    failures: int
+    problem: str
+
+
 Message = (
     ZygoteReady
     | SpawnWorker
@@ -234,6 +256,8 @@ Message = (
     | ZygoteWanted
     | NewZygote
     | Detached
+    | HooksDue
+    | HookReport
 )
 
 _MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, HandOver, NewZygote, SourceOpened)

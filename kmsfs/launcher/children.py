@@ -22,6 +22,10 @@ _ZYGOTE_VARIABLES: Final = frozenset(
 )
 
 
+CAUGHT_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What the launcher has handlers for, and its children have not."""
+
+
 @dataclass(slots=True)
 class Child:
     """A process we started and will wait for."""
@@ -42,6 +46,11 @@ class Child:
         os.close(self.pidfd)
         return os.waitstatus_to_exitcode(status)
 
+    def kill_now(self, timeout_s: float) -> None:
+        """SIGKILL, and wait so long for its end."""
+        self.kill(signal.SIGKILL)
+        self.wait(timeout_s)
+
 
 def spawn(
     module: str,
@@ -61,19 +70,19 @@ def spawn(
         first = max(*fds, null_fd, 2) + 1
         targets = range(first, first + len(fds))
         actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in zip(fds, targets, strict=True)]
-        _keep_to_ourselves()
+        keep_descriptors()
         actions += [(os.POSIX_SPAWN_DUP2, null_fd, fd) for fd in ((0, 1, 2) if quiet else (0,))]
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-s", "-P", "-m", module, *map(str, targets), *arguments],
             environment,
             file_actions=actions,
-            setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1],
+            setsigdef=CAUGHT_SIGNALS,
         )
     return Child(pid, os.pidfd_open(pid))
 
 
-def _keep_to_ourselves() -> None:
+def keep_descriptors() -> None:
     """Let no descriptor that we inherited from whoever started us reach what we exec."""
     for name in os.listdir("/proc/self/fd"):
         # One of them was the listing's own.

@@ -1,6 +1,7 @@
 """Mounting: FUSE where it can be used, else a ramfs, and what was at the mountpoint before."""
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -58,6 +59,21 @@ def open_mount(config: MountConfig, tell: Callable[[Told], None]) -> OpenedMount
         tell(wire.ViewChosen(view="ramfs", reason=reason))
         return _open_ram(config.served_as("ramfs", reason))
     return _open_ram(config.served_as("ramfs", config.view_reason))
+
+
+def unmount_ours(opened: OpenedMount) -> None:
+    """Unmount what kmsfs mounted, if it still is what is seen there; lazily if it is in use."""
+    mountpoint = opened.mount.mountpoint
+    current = mounts.find_mount(mountpoint)
+    if not opened.made or current is None or current.mount_id != opened.mount.mount_id:
+        return
+    try:
+        mounts.unmount(mountpoint)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            log.warning("unmounting %s: %s", mountpoint, error.strerror)
+        with contextlib.suppress(OSError):
+            mounts.unmount(mountpoint, lazy=True)
 
 
 def _open_fuse(config: MountConfig) -> OpenedMount:

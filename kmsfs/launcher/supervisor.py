@@ -1,7 +1,6 @@
 """Runs one mount from beginning to end: starts, watches, replaces, unmounts."""
 
 import contextlib
-import errno
 import logging
 import os
 import select
@@ -16,8 +15,10 @@ from kmsfs.errors import KmsfsError, MountFailed, from_code
 from kmsfs.launcher import children, guarantees
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket
-from kmsfs.launcher.mounting import Told, open_mount
+from kmsfs.launcher.hooks import Hooks
+from kmsfs.launcher.mounting import OpenedMount, Told, open_mount, unmount_ours
 from kmsfs.launcher.opener import SourceOpener
+from kmsfs.launcher.zygote import Zygote
 from kmsfs.memory import process
 from kmsfs.settings import MountConfig
 from kmsfs.views import mountpoint as mounts
@@ -30,9 +31,6 @@ _END_S: Final = 8.0
 # A daemon that dies so often within a minute will not live the next time either.
 _MAX_RESTARTS: Final = 5
 _RESTART_WINDOW_S: Final = 60.0
-
-# Between zygotes: one that dies at once must not become a busy loop.
-_ZYGOTE_PAUSE_S: Final = 0.5
 
 _END_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -62,17 +60,15 @@ class Launcher:
         self._known_config: MountConfig | None = None
         self._log_target = log_target
         self._daemon: Child | None = None
-        self._zygote: Child | None = None
+        self._zygote = Zygote(quiet=log_target != "stderr")
+        self._hooks = Hooks((), "", self._report_hook)
         self._lifeline: socket.socket | None = None
-        self._mount: mounts.Mount | None = None
-        # Whether the mount is ours to unmount, and whether it was not there before.
-        self._made = self._fresh = False
+        self._opened: OpenedMount | None = None
         self._control: ControlSocket | None = None
         self._opener: SourceOpener | None = None
         self._stopping = False
         self._detached = False
         self._restarts: list[float] = []
-        self._zygote_started_at = -_ZYGOTE_PAUSE_S
         self._signals, signal_writer = socket.socketpair()
         signal_writer.setblocking(False)  # noqa: FBT003
         self._signal_writer = signal_writer
@@ -88,10 +84,11 @@ class Launcher:
         process.harden("kmsfs-launcher")
         try:
             self._start_daemon()
-            self._known_config = self._make_config()
+            config = self._known_config = self._make_config()
+            self._hooks = Hooks(config.on_change, config.mountpoint, self._report_hook)
             self._mount_and_serve()
-            if self._config.strict and self._mount is not None:
-                guarantees.require_all(self._mount, self._tell)
+            if self._config.strict and self._opened is not None:
+                guarantees.require_all(self._opened.mount, self._tell)
         except BaseException:
             self._end_all()
             raise
@@ -103,21 +100,27 @@ class Launcher:
 
     def run(self) -> int:
         """Watch over the mount until it is gone; returns the exit status."""
+        try:
+            return self._watch()
+        finally:
+            self._hooks.end()
+
+    def _watch(self) -> int:
         with contextlib.closing(os.fdopen(mounts.watch_mount_table())) as table:
             while True:
                 poll = self._poll()
                 poll.register(table, select.POLLPRI)
-                for child in (self._daemon, self._zygote):
-                    if child is not None:
-                        poll.register(child.pidfd, select.POLLIN)
-                ready = {fd for fd, _ in poll.poll()}
+                daemon_fd = None if self._daemon is None else self._daemon.pidfd
+                for fd in (daemon_fd, self._zygote.pidfd, *self._hooks.fds()):
+                    if fd is not None:
+                        poll.register(fd, select.POLLIN)
+                ready = {fd for fd, _ in poll.poll(self._hooks.pause_ms())}
                 if self._opener is not None and self._opener.fileno() in ready:
                     self._answer_opener()
                 if self._signals.fileno() in ready:
                     self._on_signal(self._signals.recv(16))
-                if self._zygote is not None and self._zygote.pidfd in ready:
-                    self._zygote.wait(0)
-                    self._zygote = None
+                if self._zygote.pidfd in ready:
+                    self._zygote.reap()
                 if self._lifeline is not None and self._lifeline.fileno() in ready:
                     self._on_message()
                 if table.fileno() in ready:
@@ -126,6 +129,7 @@ class Launcher:
                     status = self._on_daemon_end()
                     if status is not None:
                         return status
+                self._hooks.attend()
 
     # --- starting --------------------------------------------------------------------------------
 
@@ -159,8 +163,7 @@ class Launcher:
         opened = open_mount(self._config, self._tell)
         # Kept open here, readers would hang instead of getting ENOTCONN when the daemon dies.
         with children.closing(opened.fd):
-            self._known_config, self._mount = opened.config, opened.mount
-            self._made, self._fresh = opened.made, opened.fresh
+            self._known_config, self._opened = opened.config, opened
             self._detached = False
             self._control = ControlSocket(opened.mount.device)
             with self._control.listen() as listener:
@@ -172,7 +175,7 @@ class Launcher:
                 self._hand_over("opener", self._opener.daemon_end.fileno())
                 self._opener.daemon_end.close()
             self._hand_over("mount", opened.fd)
-        self._start_zygote()
+        self._zygote.start(self._config.kms, self._lifeline)
         self._await_ready()
 
     def _hand_over(self, item: wire.Handed, fd: int) -> None:
@@ -187,25 +190,6 @@ class Launcher:
         wanted_bytes = self._config.cache.max_bytes + _MEMLOCK_MARGIN_BYTES
         process.raise_memlock_limit(wanted_bytes)
         process.raise_memlock_limit(wanted_bytes, pid=daemon.pid)
-
-    def _start_zygote(self) -> None:
-        """A new zygote, and its socket to the daemon."""
-        pause_s = self._zygote_started_at + _ZYGOTE_PAUSE_S - time.monotonic()
-        if pause_s > 0:
-            time.sleep(pause_s)
-        self._zygote_started_at = time.monotonic()
-        zygote_end, daemon_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with zygote_end, daemon_end, children.memory_file(self._config.kms) as settings_fd:
-            self._zygote = children.spawn(
-                "kmsfs.decryptor.zygote",
-                [zygote_end.fileno(), settings_fd],
-                [],
-                children.zygote_environment(),
-                quiet=self._log_target != "stderr",
-            )
-            if self._lifeline is not None:
-                with contextlib.suppress(wire.WireError):
-                    wire.send(self._lifeline, wire.NewZygote(), [daemon_end.fileno()])
 
     def _await_ready(self) -> None:
         """Wait for the daemon's word, then for its answer to a request of the kernel.
@@ -222,7 +206,7 @@ class Launcher:
                     case wire.Filling() | wire.FileMissing():
                         self._tell(message)
                     case wire.ZygoteWanted():
-                        self._bring_zygote()
+                        self._zygote.start(self._config.kms, self._lifeline)
                     case _:
                         log.warning("unexpected %s from the daemon", type(message).__name__)
         except wire.WireError as error:
@@ -266,7 +250,7 @@ class Launcher:
 
     def _catch_signals(self) -> None:
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
-        for number in (*_END_SIGNALS, signal.SIGHUP, signal.SIGUSR1):
+        for number in children.CAUGHT_SIGNALS:
             signal.signal(number, lambda *_: None)
 
     def _on_signal(self, numbers: bytes) -> None:
@@ -278,6 +262,7 @@ class Launcher:
                 self._daemon.kill(signal.SIGUSR1)
             return
         self._stopping = True
+        self._hooks.end()
         self._unmount()
         self._daemon.kill(signal.SIGTERM)
         if not children.readable(self._daemon.pidfd, _END_S):
@@ -299,17 +284,20 @@ class Launcher:
             self._lifeline = None
             return
         if isinstance(message, wire.ZygoteWanted) and not self._stopping:
-            self._bring_zygote()
+            self._zygote.start(self._config.kms, self._lifeline)
+        if isinstance(message, wire.HooksDue) and not (self._stopping or self._detached):
+            self._hooks.note(message.changed)
 
-    def _bring_zygote(self) -> None:
-        """A zygote in place of the one there was."""
-        self._end_zygote()
-        self._start_zygote()
+    def _report_hook(self, report: wire.HookReport) -> None:
+        if self._lifeline is not None:
+            with contextlib.suppress(wire.WireError):
+                wire.send(self._lifeline, report)
+
+    def _is_mounted(self) -> bool:
+        return self._opened is not None and any(mounts.mounts_of(self._opened.mount.device))
 
     def _on_mount_table(self) -> None:
-        if self._mount is None or self._detached or self._stopping:
-            return
-        if any(mounts.mounts_of(self._mount.device)):
+        if self._opened is None or self._detached or self._stopping or self._is_mounted():
             return
         self._detached = True
         if self._lifeline is not None:
@@ -321,12 +309,12 @@ class Launcher:
         assert self._daemon is not None
         status = self._daemon.wait(0)
         self._daemon = None
-        self._end_zygote()
+        self._zygote.end()
         self._close_channels()
-        gone = self._mount is None or not any(mounts.mounts_of(self._mount.device))
         if self._config.once and status == 0:
             return 0
-        if self._stopping or gone or status == 0:
+        if self._stopping or not self._is_mounted() or status == 0:
+            self._hooks.end()
             self._unmount()
             return 0
         now = time.monotonic()
@@ -344,6 +332,8 @@ class Launcher:
             log.error("cannot mount anew: %s", error.detail)  # noqa: TRY400 - said in full
             self._end_all()
             return int(error.exit_code)
+        self._hooks.report_all()
+        self._hooks.note_all()
         return None
 
     # --- ending ----------------------------------------------------------------------------------
@@ -355,37 +345,20 @@ class Launcher:
 
     def _unmount(self) -> None:
         """Unmount our own mount; lazily where somebody uses it."""
-        if self._mount is None or not self._made:
-            return
-        current = mounts.find_mount(self._config.mountpoint)
-        if current is None or current.mount_id != self._mount.mount_id:
-            return
-        try:
-            mounts.unmount(self._config.mountpoint)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                log.warning("unmounting %s: %s", self._config.mountpoint, error.strerror)
-            with contextlib.suppress(OSError):
-                mounts.unmount(self._config.mountpoint, lazy=True)
+        if self._opened is not None:
+            unmount_ours(self._opened)
 
     def _end_all(self) -> None:
         self._stopping = True
-        if self._fresh:
+        if self._opened is not None and self._opened.fresh:
             self._unmount()
         if self._daemon is not None:
             self._daemon.kill(signal.SIGTERM)
             if self._daemon.wait(_END_S) is None:
-                self._daemon.kill(signal.SIGKILL)
-                self._daemon.wait(_END_S)
+                self._daemon.kill_now(_END_S)
             self._daemon = None
-        self._end_zygote()
+        self._zygote.end()
         self._close_channels()
-
-    def _end_zygote(self) -> None:
-        if self._zygote is not None:
-            self._zygote.kill(signal.SIGKILL)
-            self._zygote.wait(_END_S)
-            self._zygote = None
 
     def _close_channels(self) -> None:
         if self._lifeline is not None:

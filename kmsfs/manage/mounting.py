@@ -11,7 +11,13 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from kmsfs.config import RuleTable, VolumeFile, cache_settings, parse_mode
+from kmsfs.config import (
+    RuleTable,
+    VolumeFile,
+    cache_settings,
+    on_change_settings,
+    parse_mode,
+)
 from kmsfs.errors import ConfigInvalid, InputUnreadable, MountpointUnusable, UsageInvalid
 from kmsfs.manage.input import check_utf8
 from kmsfs.manage.keys import KeyOptions, settings_for
@@ -162,6 +168,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         run_as=_run_as(options.user),
         debug=options.debug,
         once=options.once,
+        on_change=tuple(map(on_change_settings, file.on_change)),
     )
 
 

@@ -111,11 +111,15 @@ class Volume:
             self.source.survey, abandon_on_cancel=True, limiter=self._io_threads
         )
 
+    def path_in_volume(self, path: str) -> str:
+        """A served path, made relative to the volume's root, which is what patterns speak of."""
+        return self._prefix + path
+
     def may_be_unbound(self, file: SourceFile) -> bool:
         """Whether a file that is not bound to its place is served all the same."""
         if not self._config.binding_required:
             return True
-        path = self._prefix + file.path
+        path = self.path_in_volume(file.path)
         return any(path_matches(pattern, path) for pattern in self._config.unbound)
 
     # --- content ---------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ class Volume:
             kms = msgspec.structs.replace(kms, key_ids=(found, *others))
         return DecryptRules.of(
             kms,
-            Place(self._config.volume, self._prefix + file.path),
+            Place(self._config.volume, self.path_in_volume(file.path)),
             binding_required=not self.may_be_unbound(file),
             unknown_as_blob=file.suffix_taken,
             max_plaintext_bytes=self._config.cache.max_file_bytes,

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -153,6 +153,18 @@ class FuseView(pyfuse3.Operations):
     async def detach(self) -> None:
         """Unmounted lazily: from now on hold only what is open."""
         self._volume.cache.detach()
+
+    async def forget_what_changed(self, paths: Iterable[str]) -> None:
+        """Have the kernel drop what it believes of files whose ciphertext has changed."""
+        numbers = [number for path in paths for number in self._inodes.numbers_of(path)]
+        # Of an older version that is open the attributes are right, but no longer the path's.
+        older = (inode for number in numbers if (inode := self._inodes.get(number)) and inode.opens)
+        names = []
+        for directory, _, name in {inode.path.rpartition("/") for inode in older}:
+            parent = self._inodes.directory_number(directory)
+            if parent is not None:
+                names.append((parent, name.encode()))
+        await trio.to_thread.run_sync(_invalidate, numbers, names, abandon_on_cancel=True)
 
     def stop(self) -> None:
         """Have `serve` return; requests that come later are not answered."""
@@ -375,12 +387,14 @@ def _metadata_deadline() -> contextlib.AbstractContextManager[trio.CancelScope]:
     return trio.fail_after(_METADATA_DEADLINE_S)
 
 
-def _invalidate(numbers: list[int]) -> None:
+def _invalidate(numbers: list[int], names: Iterable[tuple[int, bytes]] = ()) -> None:
     """Runs in a thread: on the event loop it would deadlock with a read under way."""
-    for number in numbers:
+    calls = [functools.partial(pyfuse3.invalidate_inode, number) for number in numbers]
+    calls += [functools.partial(pyfuse3.invalidate_entry, *name) for name in names]
+    for call in calls:
         try:
-            pyfuse3.invalidate_inode(number)
+            call()
         except OSError as error:
             # ENOENT: the kernel has forgotten the inode. The others: the mount is gone.
             if error.errno not in _NOT_CACHED:
-                log.warning("inode %d was not invalidated: errno %s", number, error.errno)
+                log.warning("inode %d was not invalidated: errno %s", call.args[0], error.errno)

@@ -68,6 +68,15 @@ class InodeTable:
                 found.append(inode.number)
         return found
 
+    def directory_number(self, path: str) -> int | None:
+        """The number under which the kernel knows a directory; None if it does not."""
+        for attempt in range(self._attempts.get(path, 1)):
+            number = _number(path, "directory", attempt) if path else ROOT_NUMBER
+            inode = self._by_number.get(number)
+            if inode is not None and inode.path == path:
+                return number
+        return None
+
     def assign(self, node: SourceNode) -> Inode:
         """The inode for a node as it is now: the path's own number, if that is free for it.
 

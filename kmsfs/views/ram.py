@@ -62,6 +62,7 @@ class RamView:
         missing: files of the source that are not shown, with why not.
         held: old files that cannot be wiped yet.
         problem: why the last refresh was not made; empty otherwise.
+        is_published: whether programs see a set of files, be it of none.
 
     Raises:
         MountpointUnusable: see `RamTree`.
@@ -78,7 +79,7 @@ class RamView:
         ram_mount.verify(mount_fd, config.mountpoint, config.ram)
         self._tree = RamTree(mount_fd)
         self._visible = True
-        self._published = False
+        self.is_published = False
         self._directories: tuple[str, ...] = ()
         self._troubles: dict[str, Trouble] = {}
         self._held_back: frozenset[str] = frozenset()
@@ -223,7 +224,7 @@ class RamView:
             )
             if not self._shows(following):
                 moved = not ram_plan.is_same_source(survey, await self._volume.survey())
-                if moved and (self._published or not last):
+                if moved and (self.is_published or not last):
                     if last:
                         self._note_problem("the source keeps changing")
                     return False
@@ -301,7 +302,7 @@ class RamView:
     def _shows(self, following: NextSet) -> bool:
         """Whether these are the files that programs see already."""
         return (
-            self._published
+            self.is_published
             and not following.fresh
             and following.files.keys() == self.shown.keys()
             and following.directories == self._directories
@@ -311,7 +312,7 @@ class RamView:
         was = self.shown
         state = ram_state.encode(self._config, following.files, following.directories)
         await filling.publish(following, state)
-        self._published = True
+        self.is_published = True
         self._retire_at = trio.current_time() + _LINGER_S
         self._wake_up()
         self._events.emit(
@@ -337,7 +338,7 @@ class RamView:
             left = ram_state.read(self._tree, self._config)
             if left is not None:
                 self.shown, self._directories = left.files, left.directories
-                self._published = True
+                self.is_published = True
         self._tree.retire()
 
     # --- taking away ---------------------------------------------------------------------------
@@ -351,7 +352,7 @@ class RamView:
             await trio.to_thread.run_sync(self._tree.empty)
             self.shown, self._directories, self.stale = {}, (), {}
             self._troubles.clear()
-            self._published = False
+            self.is_published = False
             self._retire_at = math.inf
         # Whoever was just opening a file has it then, or has no file.
         await trio.sleep(OPENING_S)

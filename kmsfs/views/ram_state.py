@@ -40,6 +40,12 @@ def read(tree: RamTree, config: MountConfig) -> LeftFiles | None:
 
 def _digest(config: MountConfig) -> str:
     same = msgspec.structs.replace(
-        config, view_reason="", require_all=False, strict=False, debug=False, once=False
+        config,
+        view_reason="",
+        require_all=False,
+        strict=False,
+        debug=False,
+        once=False,
+        on_change=(),
     )
     return hashlib.blake2b(msgspec.json.encode(same), digest_size=16).hexdigest()

@@ -296,10 +296,17 @@ def every_error(root: type[KmsfsError]) -> set[type[KmsfsError]]:
 # --- its kmsfs.toml ------------------------------------------------------------------------------
 
 # Told in the text: only the system configuration may set them.
-_SYSTEM_KEYS = {("volume", "source"), ("kms", "profile"), ("kms", "role_arn")}
+_SYSTEM_KEYS = {
+    ("volume", "source"),
+    ("kms", "profile"),
+    ("kms", "role_arn"),
+    ("on_change", "match"),
+    ("on_change", "run"),
+    ("on_change", "unit"),
+}
 
 # Words that the schema keeps for later.
-_KEPT_KEYS = {("volume", "mountpoint"), ("on_change", "match"), ("on_change", "run")}
+_KEPT_KEYS = {("volume", "mountpoint")}
 
 
 def toml_text() -> str:

@@ -59,3 +59,47 @@ def test_volume_of_the_system_configuration_binds_and_serves(
     assert session.of("cat mnt/db").stdout == plaintext
     assert "Bad message" in session.of("! cat").stderr
     assert session.left_mounted == ()
+
+
+_HOOKS = """\
+mkfifo ran reloaded && cat >>/etc/kmsfs/web.toml <<'TOML'
+
+[[on_change]]
+match = "web/*"
+run = ["sh", "-c", "echo $KMSFS_MOUNTPOINT $KMSFS_CHANGED >{directory}/ran"]
+
+[[on_change]]
+match = "**"
+unit = "web.service"
+TOML
+printf '#!/bin/sh\\necho "$@" >{directory}/reloaded\\n' >/usr/local/sbin/systemctl
+chmod +x /usr/local/sbin/systemctl
+"""
+
+
+def test_hooks_of_the_system_configuration_run_when_files_change(
+    mountable: None, moto_kms: MotoKms, moto_key: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(secret("key", 40))
+    source = tmp_path / "source"
+
+    session = run(
+        moto_kms,
+        tmp_path,
+        _DEFINE.format(source=source, key=moto_key),
+        _HOOKS.format(directory=tmp_path),
+        f"kmsfs mount {source} mnt",
+        f"mkdir {source}/web && kmsfs encrypt key -o {source}/web",
+        "timeout 20 cat ran",
+        "timeout 20 cat reloaded",
+        "kmsfs status mnt",
+        "kmsfs umount mnt",
+    )
+
+    assert session.of("timeout 20 cat ran").stdout == f"{tmp_path}/mnt 1\n".encode()
+    told = session.of("timeout 20 cat reloaded").stdout
+    assert told == b"try-reload-or-restart web.service\n"
+    assert b"hook     **: systemctl try-reload-or-restart web.service" in (
+        session.of("kmsfs status").stdout
+    )
+    assert session.left_mounted == ()

@@ -7,9 +7,11 @@ import pytest
 
 from kmsfs.config import (
     CacheTable,
+    OnChangeTable,
     cache_settings,
     check_trusted,
     load_volume_file,
+    on_change_settings,
     parse_mode,
     parse_size,
 )
@@ -128,6 +130,53 @@ def test_the_systems_own_file_replaces_key_by_key(toml: Path, tmp_path: Path) ->
     found = load_volume_file(toml, uid=0, overlay_dir=overlay)
     assert (found.cache.ttl_s, found.cache.idle_s) == (9, 2)
     assert (found.kms.role_arn, found.kms.region) == ("arn:role", "a")
+
+
+def test_on_change_of_the_systems_own_file_is_honoured(toml: Path, tmp_path: Path) -> None:
+    toml.write_text("[volume]\nname = 'web'\n")
+    overlay = tmp_path / "system"
+    overlay.mkdir(mode=0o755)
+    file = overlay / "web.toml"
+    file.write_text(
+        "[[on_change]]\nmatch = 'a'\nrun = ['x']\n[[on_change]]\nmatch = 'b'\nunit = 'u'\n"
+    )
+    file.chmod(0o644)
+    if os.geteuid() != 0:
+        pytest.skip("writes the system's configuration")
+    found = load_volume_file(toml, uid=0, overlay_dir=overlay)
+    assert [hook.match for hook in found.on_change] == ["a", "b"]
+    file.write_text("[[on_change]]\nmatch = 'a'\nrun = ['x']\n" * 65)
+    with pytest.raises(ConfigInvalid, match="more than 64"):
+        load_volume_file(toml, uid=0, overlay_dir=overlay)
+
+
+def test_on_change_comes_to_a_command() -> None:
+    run = OnChangeTable(match="nginx/*", run=("systemctl", "reload", "nginx"))
+    assert on_change_settings(run).argv == ("systemctl", "reload", "nginx")
+    unit = OnChangeTable(match="nginx/*", unit="nginx@a\\x2d1.service")
+    assert on_change_settings(unit).argv == (
+        "systemctl",
+        "try-reload-or-restart",
+        "nginx@a\\x2d1.service",
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (OnChangeTable(match="*"), "either run or unit"),
+        (OnChangeTable(match="*", run=("x",), unit="y"), "either run or unit"),
+        (OnChangeTable(match="*", run=("",)), "an absolute path, or a name"),
+        (OnChangeTable(match="*", run=("bin/x",)), "an absolute path, or a name"),
+        (OnChangeTable(match="*", run=("x", "a\0b")), "null character"),
+        (OnChangeTable(match="*", unit=""), "not the name of a unit"),
+        (OnChangeTable(match="*", unit="--no-block"), "not the name of a unit"),
+        (OnChangeTable(match="*", unit="a b"), "not the name of a unit"),
+    ],
+)
+def test_on_change_that_could_not_be_run_is_refused(table: OnChangeTable, reason: str) -> None:
+    with pytest.raises(ConfigInvalid, match=reason):
+        on_change_settings(table)
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])
