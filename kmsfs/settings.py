@@ -114,6 +114,7 @@ class MountConfig(_Record, frozen=True):
         debug: log more.
         once: fill the ramfs and leave it, with no process behind.
         on_change: what the launcher runs when served files change.
+        restart: replace a daemon that died.
     """
 
     source: str
@@ -136,6 +137,7 @@ class MountConfig(_Record, frozen=True):
     debug: bool = False
     once: bool = False
     on_change: tuple[OnChange, ...] = ()
+    restart: bool = True
 
     def served_as(self, view: Literal["fuse", "ramfs"], reason: str = "") -> "MountConfig":
         """This configuration once the view is decided, with what follows from it."""

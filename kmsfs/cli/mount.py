@@ -52,6 +52,7 @@ _END_S = 20.0
 @click.option("--strict", is_flag=True, help="Mount only if every promise holds in full.")
 @click.option("--user", metavar="NAME", help="Have the daemon run as this unprivileged user.")
 @click.option("--once", is_flag=True, help="Fill a ramfs and leave it, with no process behind.")
+@click.option("--no-restart", is_flag=True, help="Leave the mount dead when its daemon dies.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option("--debug", is_flag=True, help="Log more; content is never logged.")
 @click.option(
@@ -82,6 +83,7 @@ def mount(
     strict: bool,
     user: str | None,
     once: bool,
+    no_restart: bool,
     foreground: bool,
     debug: bool,
     option_texts: tuple[str, ...],
@@ -120,6 +122,7 @@ def mount(
             user=user,
             debug=debug,
             once=once,
+            no_restart=no_restart,
         )
         for text in option_texts:
             options = with_option_text(options, text)

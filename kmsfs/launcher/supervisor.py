@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from kmsfs.decryptor import wire
-from kmsfs.errors import KmsfsError, MountFailed, from_code
-from kmsfs.launcher import children, guarantees
+from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
+from kmsfs.launcher import children, guarantees, mount_lock
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket
 from kmsfs.launcher.hooks import Hooks
@@ -157,6 +157,12 @@ class Launcher:
         Raises:
             KmsfsError: why it cannot be.
         """
+        with mount_lock.hold(self._config.mountpoint):
+            self._mount()
+            self._zygote.start(self._config.kms, self._lifeline)
+            self._await_ready()
+
+    def _mount(self) -> None:
         assert self._daemon is not None
         assert self._lifeline is not None
         self._raise_memlock_limit(self._daemon)
@@ -175,8 +181,6 @@ class Launcher:
                 self._hand_over("opener", self._opener.daemon_end.fileno())
                 self._opener.daemon_end.close()
             self._hand_over("mount", opened.fd)
-        self._zygote.start(self._config.kms, self._lifeline)
-        self._await_ready()
 
     def _hand_over(self, item: wire.Handed, fd: int) -> None:
         assert self._lifeline is not None
@@ -317,6 +321,9 @@ class Launcher:
             self._hooks.end()
             self._unmount()
             return 0
+        if not self._config.restart:
+            log.error("the daemon ended with status %s, and is not to be replaced", status)
+            return int(ExitCode.MOUNTPOINT)
         now = time.monotonic()
         self._restarts = [at for at in self._restarts if now - at < _RESTART_WINDOW_S] + [now]
         if len(self._restarts) > _MAX_RESTARTS:

@@ -43,7 +43,7 @@ _VALUE_OPTIONS: Final = frozenset(
     {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view", "ram"}
 )
 _FLAG_OPTIONS: Final = frozenset(
-    {"allow_other", "allow_swap", "require_all", "strict", "debug", "once"}
+    {"allow_other", "allow_swap", "require_all", "strict", "debug", "once", "no_restart"}
 )
 _VIEWS: Final[tuple[View, ...]] = ("auto", "fuse", "ramfs")
 _RAM_KINDS: Final[tuple[RamKind, ...]] = ("ramfs", "tmpfs")
@@ -74,6 +74,7 @@ class MountOptions:
     user: str | None = None
     debug: bool = False
     once: bool = False
+    no_restart: bool = False
 
 
 def with_option_text(options: MountOptions, text: str) -> MountOptions:
@@ -168,6 +169,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         run_as=_run_as(options.user),
         debug=options.debug,
         once=options.once,
+        restart=not options.no_restart,
         on_change=tuple(map(on_change_settings, file.on_change)),
     )
 

@@ -47,5 +47,6 @@ def _digest(config: MountConfig) -> str:
         debug=False,
         once=False,
         on_change=(),
+        restart=True,
     )
     return hashlib.blake2b(msgspec.json.encode(same), digest_size=16).hexdigest()
