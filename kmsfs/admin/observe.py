@@ -3,17 +3,26 @@
 import os
 from typing import Final
 
+import trio
+
 from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem, RamStatus
 from kmsfs.decryptor.client import DecryptorClient
 from kmsfs.errors import CiphertextInvalid, KmsfsError, NameConflict, NotBound
 from kmsfs.memory.process import ProcessReport, report
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
-from kmsfs.store.source import SourceFile
+from kmsfs.store.source import SourceFile, Survey
 from kmsfs.store.volume import Volume
 
 # What a status names one by one; beyond it only the count tells.
 _MAX_NAMED: Final = 1000
+
+# For walking the source; a part of the time that an answer on the control socket may take.
+_SURVEY_S: Final = 20.0
+
+_NO_ANSWER: Final = Survey(
+    files=(), directories=(), unreadable=("",), ignored=(("", "the source does not answer"),)
+)
 
 
 async def gather(
@@ -29,7 +38,9 @@ async def gather(
         sandbox: what confines the daemon.
         ram: what its ramfs view says of itself.
     """
-    survey = await volume.survey()
+    survey = _NO_ANSWER
+    with trio.move_on_after(_SURVEY_S):
+        survey = await volume.survey()
     held = volume.cache.held()
     greeting = client.workers.greeting
     daemon = report(memory_locked=False, sandbox=sandbox)

@@ -1,6 +1,5 @@
 """The FUSE view: an adapter between pyfuse3 and the volume. Inodes and errnos, nothing else."""
 
-import contextlib
 import errno
 import functools
 import itertools
@@ -19,6 +18,7 @@ from kmsfs.errors import KmsfsError, SourceMissing
 from kmsfs.events import Event, EventSink, Opened, OpenRefused, Wiped
 from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.mapping import LockedMapping
+from kmsfs.store.known import KnownTree
 from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
 from kmsfs.store.volume import OpenedFile, Volume
 from kmsfs.views import fuse_loop
@@ -31,9 +31,6 @@ MAX_READ_BYTES: Final = 256 * PAGE_BYTES
 # How long the kernel may believe names and attributes: a change in the source is seen within
 # twice this.
 _TIMEOUT_S: Final = 1.0
-
-# Metadata is disk I/O only; this bounds a source that hangs.
-_METADATA_DEADLINE_S: Final = 5.0
 
 _BLOCK_BYTES: Final = 512  # unit of st_blocks, stat(2)
 
@@ -110,6 +107,7 @@ class FuseView(pyfuse3.Operations):
         super().__init__()
         self._decrypt_all = decrypt_all
         self._volume = volume
+        self._tree = KnownTree(volume)
         self._events = events
         self._open_deadline_s = open_deadline_s
         self._inodes = InodeTable(SourceDirectory(path="", mtime_ns=0))
@@ -222,14 +220,12 @@ class FuseView(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, _ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Find a name; see `Volume.look_up`."""
-        node = None
         parent = self._inode(parent_inode)
         try:
             text = name.decode()
         except UnicodeDecodeError:
             raise FUSEError(errno.ENOENT) from None
-        with _metadata_deadline():
-            node = await self._volume.look_up(parent.path, text)
+        node = await self._tree.look_up(parent.path, text)
         if node is None:
             raise FUSEError(errno.ENOENT)
         inode = self._inodes.assign(node)
@@ -241,8 +237,7 @@ class FuseView(pyfuse3.Operations):
         """Attributes of the version that is open, or else of the newest."""
         known = self._inode(inode)
         if known.opens == 0:
-            with _metadata_deadline():
-                node = await self._volume.node_at(known.path)
+            node = await self._tree.node_at(known.path)
             if node is None or isinstance(node, SourceFile) != isinstance(known.node, SourceFile):
                 raise FUSEError(errno.ENOENT)
             if known.opens == 0:
@@ -258,8 +253,7 @@ class FuseView(pyfuse3.Operations):
     async def opendir(self, inode: int, _ctx: pyfuse3.RequestContext) -> int:
         """Take a snapshot of a directory."""
         path = self._inode(inode).path
-        with _metadata_deadline():
-            nodes = await self._volume.list_directory(path)
+        nodes = await self._tree.list_directory(path)
         handle = next(self._next_handle)
         self._listings[handle] = nodes
         return handle
@@ -381,10 +375,6 @@ class FuseView(pyfuse3.Operations):
         entry.st_gid = permissions.gid
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
         return entry
-
-
-def _metadata_deadline() -> contextlib.AbstractContextManager[trio.CancelScope]:
-    return trio.fail_after(_METADATA_DEADLINE_S)
 
 
 def _invalidate(numbers: list[int], names: Iterable[tuple[int, bytes]] = ()) -> None:
