@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from kmsfs.errors import ConfigInvalid, ConfigUntrusted
-from kmsfs.settings import MAX_HOOKS, CacheSettings, OnChange, View
+from kmsfs.settings import MAX_HOOKS, CacheSettings, OnChange, Rollback, View
 
 VOLUME_FILE_NAME: Final = "kmsfs.toml"
 SYSTEM_CONFIG_DIR: Final = Path("/etc/kmsfs")
@@ -58,6 +58,7 @@ class VolumeTable(_Table, frozen=True):
     mountpoint: str | None = None
     view: View = "auto"
     unbound: tuple[str, ...] = ()
+    rollback: Rollback = "refuse"
 
 
 class KmsTable(_Table, frozen=True):

@@ -141,6 +141,12 @@ class NotBound(CiphertextInvalid):
     hint = "encrypt it with `kmsfs encrypt`, or name it under unbound in kmsfs.toml"
 
 
+class RolledBack(CiphertextInvalid):
+    """An older version than one that this mount has seen lies in its place."""
+
+    hint = 'put the newest version back, or set rollback = "allow" under [volume]'
+
+
 class CiphertextChanging(CiphertextInvalid):
     """The file changed while it was read, twice in a row."""
 

@@ -10,6 +10,7 @@ import msgspec
 
 View = Literal["fuse", "ramfs", "auto"]
 RamKind = Literal["ramfs", "tmpfs"]
+Rollback = Literal["refuse", "allow"]
 
 MAX_HOOKS: Final = 64
 """More on-change hooks than this one volume cannot have."""
@@ -106,6 +107,7 @@ class MountConfig(_Record, frozen=True):
     `kmsfs:path` is relative to it. `volume` is None for a directory without a kmsfs.toml.
 
     Attributes:
+        rollback: what becomes of a version older than one that was served from here.
         view: `auto` until the launcher has seen what can be mounted; see `served_as`.
         view_reason: why `auto` became ramfs; empty otherwise.
         require_all: refuse to mount unless every file decrypts.
@@ -124,6 +126,7 @@ class MountConfig(_Record, frozen=True):
     volume: str | None = None
     binding_required: bool = False
     unbound: tuple[str, ...] = ()
+    rollback: Rollback = "refuse"
     kms: KmsSettings = KmsSettings()
     cache: CacheSettings = CacheSettings()
     rules: tuple[OwnershipRule, ...] = ()

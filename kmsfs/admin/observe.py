@@ -165,6 +165,8 @@ def _weaknesses(
         weaknesses.append("the tmpfs can be swapped out: a ramfs cannot")
     if ram is not None and ram.problem:
         weaknesses.append(f"the files are not kept in step with the source: {ram.problem}")
+    if config.rollback == "allow":
+        weaknesses.append('older versions of a file may replace newer ones (rollback = "allow")')
     if config.kms.any_key:
         weaknesses.append("any key is accepted")
     return weaknesses

@@ -40,11 +40,15 @@ FileVersion = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Plaintext:
-    """A decrypted file in its slot, which the receiver must wipe in the end."""
+    """A decrypted file in its slot, which the receiver must wipe in the end.
+
+    `bound_version` is the authenticated version of a bound file.
+    """
 
     slot: Slot
     key_arn: str
     format: str
+    bound_version: int | None = None
 
 
 class DecryptorClient:
@@ -178,7 +182,13 @@ class DecryptorClient:
             slot = self._arena.adopt(fd, reply.size_bytes)
         except WorkerFailed as error:
             raise wire.WireError(error.detail) from None
-        return Plaintext(slot=slot, key_arn=reply.key_arn, format=reply.format), reply.last
+        plaintext = Plaintext(
+            slot=slot,
+            key_arn=reply.key_arn,
+            format=reply.format,
+            bound_version=reply.bound_version,
+        )
+        return plaintext, reply.last
 
     def _note(self, report: ProcessReport) -> None:
         before, self.worker_report = self.worker_report, report

@@ -29,7 +29,7 @@ from kmsfs.errors import (
     RegionUnknown,
 )
 from kmsfs.formats import esdk, esdk_header, kms_blob
-from kmsfs.formats.binding import check_pairs, check_place
+from kmsfs.formats.binding import bound_version, check_pairs, check_place
 from kmsfs.formats.detect import Format, detect
 from kmsfs.formats.esdk_header import EncryptedDataKey, EsdkHeader
 from kmsfs.keys.service import KeyService
@@ -66,11 +66,14 @@ class DecryptedInfo:
         size_bytes: its exact length.
         key_arn: the key that KMS used.
         format: a value of `Format`.
+        bound_version: the version that its authenticated encryption context names; None for
+            files that are not bound.
     """
 
     size_bytes: int
     key_arn: str
     format: str
+    bound_version: int | None = None
 
 
 def decrypt_ciphertext(
@@ -181,7 +184,7 @@ def _decrypt_message(
     except BaseException:
         out[:] = bytes(len(out))
         raise
-    return DecryptedInfo(size_bytes, key_arn, Format.ESDK)
+    return DecryptedInfo(size_bytes, key_arn, Format.ESDK, bound_version(header.encryption_context))
 
 
 def _unwrap(header: EsdkHeader, rules: DecryptRules, keys: KeyService) -> tuple[bytes, str]:

@@ -85,6 +85,7 @@ class Decrypted(_Message, frozen=True):
     """Worker to daemon, with the memory that holds the plaintext (none for an empty one).
 
     `last`: the worker takes no further request.
+    `bound_version` is the authenticated `kmsfs:version` of a bound file.
     """
 
     id: int
@@ -93,6 +94,7 @@ class Decrypted(_Message, frozen=True):
     format: str
     report: ProcessReport
     last: bool = False
+    bound_version: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class Taken(_Message, frozen=True):

@@ -223,6 +223,7 @@ class Worker:
             format=info.format,
             report=process.report(memory_locked=self._memory_locked, sandbox=self._sandbox),
             last=self._keys.worn,
+            bound_version=info.bound_version,
         )
 
 

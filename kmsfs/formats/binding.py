@@ -4,6 +4,7 @@ The context is authenticated, by KMS and by the message header. The reader compu
 lies; a file that says otherwise was moved, renamed or swapped, and is not served.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +14,9 @@ from kmsfs.errors import ContextMismatch, NotBound
 VOLUME_KEY: Final = "kmsfs:volume"
 PATH_KEY: Final = "kmsfs:path"
 VERSION_KEY: Final = "kmsfs:version"
+
+# What fits a signed 64-bit integer, as messages between processes have them.
+_VERSION: Final = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,18 @@ class Place:
 def is_bound(context: Mapping[str, str]) -> bool:
     """Whether an encryption context names a volume or a path of kmsfs."""
     return VOLUME_KEY in context or PATH_KEY in context
+
+
+def bound_version(context: Mapping[str, str]) -> int | None:
+    """The version that a bound file's encryption context names; None if it is not bound.
+
+    A bound file without a version, or with one that kmsfs would not write, has version 0: it is
+    older than any that kmsfs wrote.
+    """
+    if not is_bound(context):
+        return None
+    text = context.get(VERSION_KEY, "")
+    return int(text) if _VERSION.fullmatch(text) else 0
 
 
 def bound_context(place: Place, version: int, extra: Mapping[str, str]) -> dict[str, str]:

@@ -157,6 +157,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         volume=volume.name if volume is not None else None,
         binding_required=volume is not None,
         unbound=file.volume.unbound,
+        rollback=file.volume.rollback,
         kms=msgspec.structs.replace(kms, deadline_s=file.kms.deadline_s),
         cache=_checked_cache(file),
         rules=tuple(_resolved(rule) for rule in file.rule),

@@ -17,6 +17,7 @@ from kmsfs.errors import (
     FileTooLarge,
     KmsfsError,
     NameConflict,
+    RolledBack,
     SourceMissing,
     VolumeLocked,
 )
@@ -35,6 +36,7 @@ from kmsfs.store.source import (
     SourceNode,
     Survey,
 )
+from kmsfs.store.versions import SeenVersions
 
 # Threads for disk I/O that may hang; each one stuck holds a place until its I/O ends.
 _IO_THREADS: Final = 64
@@ -80,6 +82,7 @@ class Volume:
         self.source: Final = source
         self.arena: Final = arena
         self.policy: Final = Policy(config.ownership, config.rules, prefix=self._prefix)
+        self.versions: Final = SeenVersions(allow_older=config.rollback == "allow")
         self.cache: Final = PlaintextCache(arena, config.cache, events, self._decrypt)
 
     # --- metadata: never KMS -------------------------------------------------------------------
@@ -218,6 +221,11 @@ class Volume:
             )
         finally:
             os.close(fd)
+        try:
+            self.versions.check(file.path, plaintext.bound_version)
+        except RolledBack:
+            plaintext.slot.wipe()
+            raise
         if file.format is not Format.ESDK:
             self._keys_found[file.source_path] = plaintext.key_arn
         self.source.remember_size(file.source_path, version, plaintext.slot.size_bytes)

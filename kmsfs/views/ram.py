@@ -310,7 +310,12 @@ class RamView:
 
     async def _publish(self, filling: Filling, following: NextSet) -> None:
         was = self.shown
-        state = ram_state.encode(self._config, following.files, following.directories)
+        state = ram_state.encode(
+            self._config,
+            following.files,
+            following.directories,
+            self._volume.versions.known(),
+        )
         await filling.publish(following, state)
         self.is_published = True
         self._retire_at = trio.current_time() + _LINGER_S
@@ -338,6 +343,7 @@ class RamView:
             left = ram_state.read(self._tree, self._config)
             if left is not None:
                 self.shown, self._directories = left.files, left.directories
+                self._volume.versions.restore(left.versions)
                 self.is_published = True
         self._tree.retire()
 

@@ -14,16 +14,23 @@ class LeftFiles(msgspec.Struct, frozen=True):
 
     Attributes:
         settings: digest of all that decided which files are shown, and how.
+        versions: the highest version seen of each file, see `SeenVersions`.
     """
 
     settings: str
     files: dict[str, RamFile]
     directories: tuple[str, ...]
+    versions: dict[str, int] = {}
 
 
-def encode(config: MountConfig, files: dict[str, RamFile], directories: tuple[str, ...]) -> bytes:
+def encode(
+    config: MountConfig,
+    files: dict[str, RamFile],
+    directories: tuple[str, ...],
+    versions: dict[str, int],
+) -> bytes:
     """The record of a set of files that this configuration made."""
-    return msgspec.json.encode(LeftFiles(_digest(config), files, directories))
+    return msgspec.json.encode(LeftFiles(_digest(config), files, directories, versions))
 
 
 def read(tree: RamTree, config: MountConfig) -> LeftFiles | None:

@@ -226,12 +226,13 @@ _HAPPENED: dict[str, tuple[type[KmsfsError], ...]] = {
     ),
     "the key is disabled or pending deletion": (errors.KeyUnusable,),
     "the volume is locked": (errors.VolumeLocked,),
-    "not authentic, truncated, bound to another place, not bound": (
+    "not authentic, truncated, bound to another place, not bound, rolled back": (
         errors.CiphertextInvalid,
         errors.FormatUnknown,
         errors.AlgorithmNotAllowed,
         errors.ContextMismatch,
         errors.NotBound,
+        errors.RolledBack,
         errors.CiphertextChanging,
     ),
     "no usable AWS credentials": (errors.CredentialsUnavailable, errors.RegionUnknown),
@@ -333,6 +334,7 @@ def test_defaults_in_kmsfs_toml_are_the_defaults(tmp_path: Path) -> None:
     assert f"The default of `ttl_s` is {file.cache.ttl_s:.0f} in the FUSE view" in readme.TEXT
     assert f"and {DEFAULT_TTL_S['ramfs']:.0f}, never, in the ramfs view." in readme.TEXT
     assert file.volume.view == config.VolumeTable().view
+    assert file.volume.rollback == config.VolumeTable().rollback
     assert file.kms.deadline_s == config.KmsTable().deadline_s
     assert file.kms.allow_non_committing == config.KmsTable().allow_non_committing
 

@@ -134,6 +134,18 @@ def test_taking_over_needs_no_kms_for_what_has_not_changed(strict_site: StrictSi
     assert (volume.path / "changes").read_bytes() == changed
 
 
+def test_an_older_version_is_refused_by_who_takes_over_as_well(site: Site) -> None:
+    site.make_volume()
+    old = site.encrypt("key", site.secret("old", 3000)).read_bytes()
+    ciphertext = site.encrypt("key", site.secret("new", 3000))
+    volume = ramfs(site)
+    kill_all(volume)
+    ciphertext.write_bytes(old)
+    volume.kmsfs("mount", site.source, volume.path, "--view", "ramfs", exit_code=1)
+    assert volume.failing() == {"key": "RolledBack"}
+    assert volume.names() == []
+
+
 def test_other_settings_take_nothing_over(strict_site: StrictSite) -> None:
     site = strict_site
     site.make_volume()

@@ -3,7 +3,14 @@
 import pytest
 
 from kmsfs.errors import ContextMismatch, NotBound
-from kmsfs.formats.binding import Place, bound_context, check_pairs, check_place, is_bound
+from kmsfs.formats.binding import (
+    Place,
+    bound_context,
+    bound_version,
+    check_pairs,
+    check_place,
+    is_bound,
+)
 
 HERE = Place("web", "nginx/ssl.pem")
 
@@ -55,3 +62,20 @@ def test_missing_pair_is_a_mismatch(context: dict[str, str]) -> None:
 
 def test_pairs_beyond_the_required_ones_are_welcome() -> None:
     check_pairs({"service": "web", "more": "x"}, {"service": "web"})
+
+
+@pytest.mark.parametrize(
+    ("named", "version"),
+    [("1", 1), ("20261124", 20261124), ("007", 7), ("9" * 18, 10**18 - 1)]
+    + [("", 0), ("-1", 0), ("1.5", 0), ("²", 0), ("9" * 19, 0)],
+)
+def test_version_of_a_bound_file_is_a_number_and_anything_else_is_the_oldest(
+    named: str, version: int
+) -> None:
+    assert bound_version({**bound_context(HERE, 1, {}), "kmsfs:version": named}) == version
+
+
+def test_bound_file_without_a_version_is_the_oldest_and_an_unbound_one_has_none() -> None:
+    assert bound_version({"kmsfs:path": HERE.path}) == 0
+    assert bound_version({"kmsfs:version": "3"}) is None
+    assert bound_version({}) is None

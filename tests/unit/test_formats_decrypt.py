@@ -339,6 +339,13 @@ def test_what_shows_in_the_header_is_refused_before_kms_is_asked(
     assert decrypt(data, keys, rules(**place, binding_required=True))[0] == PLAINTEXT
 
 
+def test_version_of_a_bound_message_comes_with_its_plaintext(keys: LocalKeys) -> None:
+    bound = rules(place=Place("web", "nginx/ssl.pem"))
+    data = sdk_message(keys, PLAINTEXT, context={**BOUND, "kmsfs:version": "12"})
+    assert decrypt(data, keys, bound)[1].bound_version == 12
+    assert decrypt(sdk_message(keys, PLAINTEXT), keys, bound)[1].bound_version is None
+
+
 @pytest.mark.parametrize("suite_id", [0x0014, 0x0178, 0x0378])
 def test_suite_without_commitment_needs_to_be_allowed(keys: LocalKeys, suite_id: int) -> None:
     data = sdk_message(keys, PLAINTEXT, suite_id=suite_id)

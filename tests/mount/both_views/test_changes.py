@@ -203,13 +203,12 @@ def test_a_file_written_in_place_by_halves_is_never_served_by_halves(
     site.make_volume()
     old, new = site.secret("old", 30_000), site.secret("new", 30_000)
     ciphertext = site.encrypt("key", old)
-    volume = site.mount()
-    path = volume.path / "key"
-    assert path.read_bytes() == old
     old_whole = ciphertext.read_bytes()
     whole = site.encrypt("key", new).read_bytes()
     ciphertext.write_bytes(old_whole)
-    wait_for_content(path, old)
+    volume = site.mount()
+    path = volume.path / "key"
+    assert path.read_bytes() == old
 
     def refusal() -> str:
         """What is said of the file; if nothing is, it was served whole."""

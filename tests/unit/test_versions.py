@@ -1,0 +1,67 @@
+"""Which version of a file counts as older, and for how long an older one is accepted."""
+
+import pytest
+
+from kmsfs.errors import RolledBack
+from kmsfs.store.versions import SeenVersions
+
+
+def test_newer_and_equal_versions_pass_and_older_ones_do_not() -> None:
+    seen = SeenVersions()
+    for version in (2, 2, 5):
+        seen.check("a", version)
+    with pytest.raises(RolledBack, match="version 4, where version 5 was seen before"):
+        seen.check("a", 4)
+    seen.check("a", 5)
+    assert seen.known() == {"a": 5}
+
+
+def test_each_path_has_its_own_highest_version() -> None:
+    seen = SeenVersions()
+    seen.check("a", 9)
+    seen.check("b", 1)
+    assert seen.known() == {"a": 9, "b": 1}
+
+
+def test_a_file_that_is_not_bound_has_no_version_and_passes() -> None:
+    seen = SeenVersions()
+    seen.check("a", 9)
+    seen.check("a", None)
+    assert seen.known() == {"a": 9}
+
+
+def test_where_older_versions_are_allowed_nothing_is_refused() -> None:
+    seen = SeenVersions(allow_older=True)
+    seen.check("a", 9)
+    seen.check("a", 1)
+
+
+def test_one_older_version_is_accepted_and_is_the_highest_from_then_on() -> None:
+    seen = SeenVersions()
+    for path in ("a", "b"):
+        seen.check(path, 9)
+    with seen.accepting_older(["a"]):
+        seen.check("a", 3)
+        with pytest.raises(RolledBack):
+            seen.check("a", 2)
+        with pytest.raises(RolledBack):
+            seen.check("b", 3)
+    assert seen.known() == {"a": 3, "b": 9}
+
+
+def test_a_path_of_which_no_version_came_has_its_highest_one_again() -> None:
+    seen = SeenVersions()
+    seen.check("a", 9)
+    with seen.accepting_older(["a", "never seen"]):
+        pass
+    with pytest.raises(RolledBack):
+        seen.check("a", 3)
+
+
+def test_what_another_process_has_seen_counts() -> None:
+    before, seen = SeenVersions(), SeenVersions()
+    before.check("a", 9)
+    before.check("b", 1)
+    seen.check("b", 2)
+    seen.restore(before.known())
+    assert seen.known() == {"a": 9, "b": 2}
