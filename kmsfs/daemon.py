@@ -177,6 +177,19 @@ class Daemon:
             return control.Unlocked(missing=_problems(await self._view.after_unlock()))
         return control.Unlocked(filled=False)
 
+    async def refresh(self, path: str, *, accept_older: bool) -> control.Refreshed:
+        """Have KMS asked again for what is served at or below a path.
+
+        Raises:
+            VolumeLocked, SourceMissing: nothing is, now or at all.
+            KmsfsError: the view cannot be filled.
+        """
+        await self._volume.check_readable(path)
+        with trio.move_on_after(_REFILL_S):
+            failed = await self._view.reread(path, accept_older=accept_older)
+            return control.Refreshed(failed=_problems(failed))
+        return control.Refreshed(finished=False)
+
     async def _respond(self, request: control.Request, uid: int) -> control.Answer:
         match request:
             case control.StatusRequest():
@@ -189,6 +202,8 @@ class Daemon:
                 return await self.lock(uid)
             case control.UnlockRequest():
                 return await self.unlock(uid)
+            case control.RefreshRequest():
+                return await self.refresh(request.path, accept_older=request.accept_older)
 
     def _ram_status(self) -> RamStatus | None:
         view = self._view

@@ -144,7 +144,7 @@ class NotBound(CiphertextInvalid):
 class RolledBack(CiphertextInvalid):
     """An older version than one that this mount has seen lies in its place."""
 
-    hint = 'put the newest version back, or set rollback = "allow" under [volume]'
+    hint = "put the newest version back, or accept this one: `kmsfs refresh --accept-older PATH`"
 
 
 class CiphertextChanging(CiphertextInvalid):

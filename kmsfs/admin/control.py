@@ -14,7 +14,8 @@ import msgspec
 from kmsfs.admin.status import HeldPlaintext, MountStatus, NamedProblem
 from kmsfs.errors import ControlUnavailable, from_code
 
-MAX_REQUEST_BYTES: Final = 4 << 10
+# A request may name a path, of 4096 bytes at most, each of which JSON may write as six.
+MAX_REQUEST_BYTES: Final = 32 << 10
 _MAX_ANSWER_BYTES: Final = 16 << 20
 
 # Locking, and walking a large source, may take a while.
@@ -37,6 +38,18 @@ class LockRequest(_Message, frozen=True):
 
 class UnlockRequest(_Message, frozen=True):
     """Serve again."""
+
+
+class RefreshRequest(_Message, frozen=True):
+    """Read again what is served at or below a path; see `Refreshed`.
+
+    Attributes:
+        path: relative to the mountpoint; empty for everything.
+        accept_older: serve what lies there though a newer version was seen.
+    """
+
+    path: str = ""
+    accept_older: bool = False
 
 
 class StatusAnswer(_Message, frozen=True):
@@ -69,6 +82,18 @@ class Unlocked(_Message, frozen=True):
     filled: bool = True
 
 
+class Refreshed(_Message, frozen=True):
+    """KMS was asked again, or will be at the next open of each file.
+
+    Attributes:
+        failed: files that cannot be read now, or not anew.
+        finished: whether all files were asked for in the time there was.
+    """
+
+    failed: tuple[NamedProblem, ...] = ()
+    finished: bool = True
+
+
 class Refused(_Message, frozen=True):
     """It has not, with a `KmsfsError` by its code."""
 
@@ -77,8 +102,8 @@ class Refused(_Message, frozen=True):
     hint: str | None = None
 
 
-Request = StatusRequest | LockRequest | UnlockRequest
-Answer = StatusAnswer | Locked | Unlocked | Refused
+Request = StatusRequest | LockRequest | UnlockRequest | RefreshRequest
+Answer = StatusAnswer | Locked | Unlocked | Refreshed | Refused
 
 _answer_decoder: Final[msgspec.json.Decoder[Answer]] = msgspec.json.Decoder(Answer)
 

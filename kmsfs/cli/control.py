@@ -1,4 +1,4 @@
-"""`kmsfs status`, `kmsfs lock` and `kmsfs unlock`: talk to running mounts."""
+"""`kmsfs status`, `lock`, `unlock` and `refresh`: talk to running mounts."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ import click
 
 from kmsfs.cli import messages
 from kmsfs.cli.options import json_option
-from kmsfs.errors import ControlUnavailable, ExitCode
+from kmsfs.errors import ControlUnavailable, ExitCode, KmsfsError, UsageInvalid
 
 if TYPE_CHECKING:
     from kmsfs.admin.security import SecurityReport
-    from kmsfs.admin.status import MountStatus, UnattendedStatus
+    from kmsfs.admin.status import MountStatus, NamedProblem, UnattendedStatus
     from kmsfs.views.mountpoint import Mount
 
 
@@ -104,13 +104,58 @@ def unlock(mountpoint: str) -> int:
 
     answer = control.call(mounts.find(mountpoint).device, os.geteuid(), control.UnlockRequest())
     assert isinstance(answer, control.Unlocked)
-    for item in answer.missing:
-        messages.error(f"{item.path}: {item.reason}")
-        if item.hint:
-            messages.hint(item.hint)
+    _name_failing(answer.missing)
     if not answer.filled:
         messages.warning("the ramfs is still being filled: see `kmsfs status`")
     return ExitCode.SOME_FAILED if answer.missing else ExitCode.DONE
+
+
+@click.command()
+@click.argument("path", type=click.Path(), required=False)
+@click.option(
+    "--accept-older",
+    is_flag=True,
+    help="Serve what lies at PATH now, though a newer version was served before.",
+)
+def refresh(path: str | None, *, accept_older: bool) -> int:
+    """Read again what is served at PATH, a file or directory of a mount or its mountpoint.
+
+    Without PATH, every mount of this user is read again. The FUSE view wipes what it holds, and
+    KMS is asked at the next open; the ramfs view asks KMS now. Files that are open keep the
+    version they were opened with.
+    """
+    from kmsfs.admin import control
+    from kmsfs.cli import mounts
+
+    if path is None and accept_older:
+        raise UsageInvalid(
+            "--accept-older needs a PATH", hint="a mountpoint stands for all that is in it"
+        )
+    found = [mounts.find_below(path)] if path is not None else [(m, "") for m in mounts.find_all()]
+    failed = False
+    for mount, below in found:
+        request = control.RefreshRequest(path=below, accept_older=accept_older)
+        try:
+            answer = control.call(mount.device, os.geteuid(), request)
+        except KmsfsError as error:
+            if path is not None:
+                raise
+            messages.failure(error, about=mount.mountpoint)
+            failed = True
+            continue
+        assert isinstance(answer, control.Refreshed)
+        _name_failing(answer.failed)
+        if not answer.finished:
+            messages.error(f"{mount.mountpoint}: KMS could not be asked for all files in time")
+        failed = failed or bool(answer.failed) or not answer.finished
+    return ExitCode.SOME_FAILED if failed else ExitCode.DONE
+
+
+def _name_failing(files: "tuple[NamedProblem, ...]") -> None:
+    for item in files:
+        messages.error(f"{item.path}: {item.reason}")
+        if item.hint:
+            messages.hint(item.hint)
 
 
 def _plaintexts(count: int) -> str:

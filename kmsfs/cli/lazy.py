@@ -26,6 +26,7 @@ _COMMANDS: Final = {
     "status": _Entry("control", "Show what mounts serve, and what fails."),
     "lock": _Entry("control", "Wipe every plaintext of a mount and refuse new opens."),
     "unlock": _Entry("control", "Serve again after lock."),
+    "refresh": _Entry("control", "Read files of a mount again, now."),
 }
 
 

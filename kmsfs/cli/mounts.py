@@ -17,10 +17,38 @@ def find(mountpoint: str) -> mounts.Mount:
         MountpointUnusable: there is none.
     """
     path = mounts.resolve(mountpoint)
-    found = mounts.find_mount(path)
-    if found is None or not (mounts.is_ours(found) or _is_attended(found)):
+    found = _ours_at(path)
+    if found is None:
         raise MountpointUnusable(f"nothing of kmsfs is mounted at {path}")
     return found
+
+
+def find_below(path: str) -> tuple[mounts.Mount, str]:
+    """The mount of kmsfs that a path lies in, and the path relative to its mountpoint.
+
+    The path itself is not looked at: the mount may be dead, and what is served may have changed.
+
+    Raises:
+        MountpointUnusable: it lies in none.
+    """
+    names = os.path.abspath(path).strip("/").split("/")
+    for count in range(len(names) + 1):
+        above = mounts.resolve("/" + "/".join(names[:count]))
+        mount = _ours_at(above) or _ours_at(os.path.realpath(above))
+        if mount is not None:
+            below = names[count:]
+            if mount.fs_type != mounts.FS_TYPE and below and below[0].startswith(".."):
+                # A directory of the ramfs's own layout, which links lead to.
+                del below[0]
+            return mount, "/".join(below)
+    raise MountpointUnusable(f"{path} is in no mount of kmsfs", hint="see `kmsfs status`")
+
+
+def _ours_at(path: str) -> mounts.Mount | None:
+    found = mounts.find_mount(path)
+    if found is not None and (mounts.is_ours(found) or _is_attended(found)):
+        return found
+    return None
 
 
 def find_all() -> list[mounts.Mount]:

@@ -6,7 +6,7 @@ Not thread-safe: everything here runs on the event loop, and state changes betwe
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -27,7 +27,9 @@ from kmsfs.events import Decrypted, DecryptFailed, EventSink, Wiped
 from kmsfs.memory.arena import Arena
 from kmsfs.settings import CacheSettings
 from kmsfs.store.ciphertext import FileVersion
+from kmsfs.store.flight import Flight
 from kmsfs.store.lease import Entry, Lease
+from kmsfs.store.names import is_at_or_below
 from kmsfs.store.source import SourceFile
 
 # Opens that may wait for a decryption; the kernel has 1024 requests for us (`max_tasks`), and
@@ -43,18 +45,6 @@ DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
 def kms_is_away(error: KmsfsError) -> bool:
     """Whether KMS gave no answer, as against one that says no: what it said before may stand."""
     return isinstance(error, KmsUnreachable | CredentialsUnavailable)
-
-
-@dataclass(eq=False, slots=True)
-class _Flight:
-    """A decryption under way, and how many opens wait for it."""
-
-    file: SourceFile
-    done: trio.Event = field(default_factory=trio.Event)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    waiting: int = 0
-    entry: Entry | None = None
-    error: KmsfsError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +88,9 @@ class PlaintextCache:
         self._decrypt = decrypt
         self._current: dict[str, Entry] = {}
         self._entries: set[Entry] = set()
-        self._flights: dict[tuple[str, FileVersion], _Flight] = {}
+        self._flights: dict[tuple[str, FileVersion], Flight] = {}
+        # Those that nobody joins any more.
+        self._outdated: set[Flight] = set()
         self._waiting = 0
         self._nursery: trio.Nursery | None = None
         self._sweep_again = trio.Event()
@@ -157,7 +149,7 @@ class PlaintextCache:
             KmsfsError: what `end_workers` raised; every slot is wiped all the same.
         """
         self.locked = True
-        flights = list(self._flights.values())
+        flights = [*self._flights.values(), *self._outdated]
         for flight in flights:
             flight.error = VolumeLocked("the volume was locked meanwhile")
             flight.scope.cancel()
@@ -176,6 +168,19 @@ class PlaintextCache:
         """Wipe every plaintext, leases or not."""
         for entry in list(self._entries):
             self._wipe(entry, reason)
+
+    def retire(self, place: str) -> None:
+        """Have the next open of each file at or below a path ask KMS anew.
+
+        What is open stays readable until its last close; everything else is wiped now.
+        """
+        for entry in list(self._current.values()):
+            if is_at_or_below(entry.path, place):
+                self._retire(entry, "refreshed")
+        for key, flight in list(self._flights.items()):
+            if is_at_or_below(flight.file.path, place):
+                flight.outdated = True
+                self._outdated.add(self._flights.pop(key))
 
     def detach(self) -> None:
         """From now on hold only what is open: wipe the rest, and everything at its last close."""
@@ -210,17 +215,17 @@ class PlaintextCache:
             return None
         return entry
 
-    def _flight_for(self, file: SourceFile, deadline: float) -> _Flight:
+    def _flight_for(self, file: SourceFile, deadline: float) -> Flight:
         key = (file.path, file.version)
         flight = self._flights.get(key)
         if flight is None:
             assert self._nursery is not None, "run() is not running"
-            flight = self._flights[key] = _Flight(file)
+            flight = self._flights[key] = Flight(file)
             self._nursery.start_soon(self._fly, flight, deadline)
         return flight
 
     async def _join(
-        self, flight: _Flight, stale: Entry | None, deadline: float
+        self, flight: Flight, stale: Entry | None, deadline: float
     ) -> tuple[Lease, bool]:
         # A lease of our own keeps a stale plaintext from being wiped while we wait.
         fallback = self._lease(stale) if stale is not None else None
@@ -256,7 +261,7 @@ class PlaintextCache:
         ends_at = entry.ready_at + self._settings.lifetime_s + self._settings.stale_s
         return kms_is_away(error) and trio.current_time() < ends_at
 
-    async def _fly(self, flight: _Flight, deadline: float) -> None:
+    async def _fly(self, flight: Flight, deadline: float) -> None:
         file = flight.file
         started = trio.current_time()
         try:
@@ -270,10 +275,13 @@ class PlaintextCache:
             bug = WorkerBug(f"{type(error).__name__} while decrypting")
             self._fail(flight, bug, trio.current_time() - started)
         finally:
-            del self._flights[file.path, file.version]
+            if flight.outdated:
+                self._outdated.discard(flight)
+            else:
+                del self._flights[file.path, file.version]
             flight.done.set()
 
-    def _fail(self, flight: _Flight, error: KmsfsError, duration_s: float) -> None:
+    def _fail(self, flight: Flight, error: KmsfsError, duration_s: float) -> None:
         path = flight.file.path
         flight.error = flight.error or error
         self.note_failure(path, error)
@@ -284,20 +292,20 @@ class PlaintextCache:
         if refused is not None and error.exit_code in _PURGING:
             self._retire(refused, error.code)
 
-    def _land(self, flight: _Flight, plaintext: Plaintext, duration_s: float) -> None:
+    def _land(self, flight: Flight, plaintext: Plaintext, duration_s: float) -> None:
         if self.locked:
             plaintext.slot.wipe()
             return
         now = trio.current_time()
         file = flight.file
         older = self._current.get(file.path)
-        if older is not None:
+        if older is not None and not flight.outdated:
             self._retire(older, "decrypted anew")
         entry = Entry(file.path, file.version, plaintext.slot, ready_at=now, idle_from=now)
         # Pinned until everybody who waits has a lease of their own.
         entry.leases = 1
         flight.entry = entry
-        entry.current = not self._detached
+        entry.current = not (self._detached or flight.outdated)
         self._entries.add(entry)
         if entry.current:
             self._current[file.path] = entry
@@ -314,7 +322,7 @@ class PlaintextCache:
         if flight.waiting == 0:
             self._unpin(flight)
 
-    def _unpin(self, flight: _Flight) -> None:
+    def _unpin(self, flight: Flight) -> None:
         if flight.waiting == 0 and flight.entry is not None:
             entry, flight.entry = flight.entry, None
             self._end_lease(entry)

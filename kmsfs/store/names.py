@@ -17,6 +17,11 @@ def ancestors(path: str) -> Iterator[str]:
     yield ""
 
 
+def is_at_or_below(path: str, place: str) -> bool:
+    """Whether a path is `place` or lies in it; everything lies in the root."""
+    return not place or path == place or path.startswith(place + "/")
+
+
 def is_hidden(directory: str, name: str) -> bool:
     """Whether a name is one of those that Kubernetes' atomic writer keeps what it swaps under.
 

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from kmsfs.errors import RolledBack
+from kmsfs.store.names import is_at_or_below
 
 
 class SeenVersions:
@@ -45,6 +46,10 @@ class SeenVersions:
         """Take over what `known` said in a process before this one."""
         for path, version in known.items():
             self._highest[path] = max(version, self._highest.get(path, version))
+
+    def below(self, place: str) -> list[str]:
+        """The paths at or below `place` of which a version was seen."""
+        return sorted(path for path in self._highest if is_at_or_below(path, place))
 
     @contextlib.contextmanager
     def accepting_older(self, paths: Iterable[str]) -> Iterator[None]:

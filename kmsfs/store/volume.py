@@ -108,6 +108,17 @@ class Volume:
             self.source.list_directory, path, abandon_on_cancel=True, limiter=self._io_threads
         )
 
+    async def check_readable(self, path: str) -> None:
+        """Make sure that there is something at a path that may be read.
+
+        Raises:
+            VolumeLocked, SourceMissing.
+        """
+        if self.cache.locked:
+            raise VolumeLocked("the volume is locked")
+        if await self.node_at(path) is None:
+            raise SourceMissing(f"{path} is not served", hint="see `kmsfs status`")
+
     async def survey(self) -> Survey:
         """Walk the whole source, in a thread."""
         return await trio.to_thread.run_sync(

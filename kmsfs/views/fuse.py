@@ -15,15 +15,16 @@ import trio
 from pyfuse3 import FUSEError
 
 from kmsfs.errors import KmsfsError, SourceMissing
-from kmsfs.events import Event, EventSink, Opened, OpenRefused, Wiped
+from kmsfs.events import Event, EventSink, Opened, OpenRefused
 from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.mapping import LockedMapping
 from kmsfs.store.known import KnownTree
 from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
 from kmsfs.store.volume import OpenedFile, Volume
 from kmsfs.views import fuse_loop
+from kmsfs.views.fuse_pages import KernelPages
 from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
-from kmsfs.views.serving import HeldFile, Progress, Ready
+from kmsfs.views.serving import HeldFile, Progress, Ready, no_progress
 
 # The largest read that the kernel asks for (FUSE_MAX_MAX_PAGES pages).
 MAX_READ_BYTES: Final = 256 * PAGE_BYTES
@@ -33,11 +34,6 @@ MAX_READ_BYTES: Final = 256 * PAGE_BYTES
 _TIMEOUT_S: Final = 1.0
 
 _BLOCK_BYTES: Final = 512  # unit of st_blocks, stat(2)
-
-# What the kernel and libfuse say when there is no page to drop.
-_NOT_CACHED: Final = frozenset(
-    {errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN, errno.EINVAL}
-)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -111,6 +107,7 @@ class FuseView(pyfuse3.Operations):
         self._events = events
         self._open_deadline_s = open_deadline_s
         self._inodes = InodeTable(SourceDirectory(path="", mtime_ns=0))
+        self._pages = KernelPages(self._inodes)
         self._handles: dict[int, _Handle] = {}
         self._listings: dict[int, list[SourceNode]] = {}
         self._next_handle = itertools.count(1)
@@ -118,8 +115,6 @@ class FuseView(pyfuse3.Operations):
         self._bounce = LockedMapping.anonymous(MAX_READ_BYTES, may_be_unlocked=allow_unlocked)
         self._bounce_view = self._bounce.borrow(MAX_READ_BYTES)
         self._bounce_used_bytes = 0
-        self._wiped_paths: set[str] = set()
-        self._wiped_event = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         fuse_loop.attach(self, fuse_fd)
 
@@ -127,26 +122,37 @@ class FuseView(pyfuse3.Operations):
 
     def emit(self, event: Event) -> None:
         """EventSink: note which files' pages the kernel must drop."""
-        if isinstance(event, Wiped):
-            self._wiped_paths.add(event.path)
-            self._wiped_event.set()
+        self._pages.emit(event)
 
     async def serve(self, ready: Ready, progress: Progress) -> None:
         """Serve until the mount is gone or `stop` is called."""
         await ready(await self._decrypt_every_file(progress) if self._decrypt_all else {})
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._drop_pages_of_wiped_files)
+            nursery.start_soon(self._pages.drop_of_wiped)
             await fuse_loop.serve()
             nursery.cancel_scope.cancel()
 
     async def after_lock(self) -> tuple[HeldFile, ...]:
         """Drop what the kernel holds of plaintexts that are wiped."""
-        await self._drop_all_pages()
+        self._wipe_reply_buffer()
+        await self._pages.drop_all()
         return ()
 
     async def after_unlock(self) -> dict[str, KmsfsError]:
         """Files are decrypted when they are opened: nothing to do."""
         return {}
+
+    async def reread(self, place: str, *, accept_older: bool) -> dict[str, KmsfsError]:
+        """See `View.reread`: files are decrypted when they are opened, all but accepted ones."""
+        self._volume.cache.retire(place)
+        await self._pages.drop_all(place)
+        if not accept_older:
+            return {}
+        paths = self._volume.versions.below(place)
+        with self._volume.versions.accepting_older(paths):
+            failed = await self._open_once(paths)
+        # One that was removed since is nobody's loss.
+        return {p: error for p, error in failed.items() if not isinstance(error, SourceMissing)}
 
     async def detach(self) -> None:
         """Unmounted lazily: from now on hold only what is open."""
@@ -154,15 +160,7 @@ class FuseView(pyfuse3.Operations):
 
     async def forget_what_changed(self, paths: Iterable[str]) -> None:
         """Have the kernel drop what it believes of files whose ciphertext has changed."""
-        numbers = [number for path in paths for number in self._inodes.numbers_of(path)]
-        # Of an older version that is open the attributes are right, but no longer the path's.
-        older = (inode for number in numbers if (inode := self._inodes.get(number)) and inode.opens)
-        names = []
-        for directory, _, name in {inode.path.rpartition("/") for inode in older}:
-            parent = self._inodes.directory_number(directory)
-            if parent is not None:
-                names.append((parent, name.encode()))
-        await trio.to_thread.run_sync(_invalidate, numbers, names, abandon_on_cancel=True)
+        await self._pages.forget_changed(paths)
 
     def stop(self) -> None:
         """Have `serve` return; requests that come later are not answered."""
@@ -174,7 +172,12 @@ class FuseView(pyfuse3.Operations):
         fuse_loop.close()
 
     async def _decrypt_every_file(self, progress: Progress) -> dict[str, KmsfsError]:
-        paths = [file.path for file in (await self._volume.survey()).files]
+        survey = await self._volume.survey()
+        return await self._open_once([file.path for file in survey.files], progress)
+
+    async def _open_once(
+        self, paths: Sequence[str], progress: Progress = no_progress
+    ) -> dict[str, KmsfsError]:
         failed: dict[str, KmsfsError] = {}
         done = itertools.count(1)
 
@@ -188,24 +191,6 @@ class FuseView(pyfuse3.Operations):
 
         await self._volume.open_each(paths, take=take, ended=ended)
         return failed
-
-    async def _drop_pages_of_wiped_files(self) -> None:
-        """Have the kernel drop cached pages of wiped plaintexts, until cancelled."""
-        while True:
-            await self._wiped_event.wait()
-            self._wiped_event = trio.Event()
-            paths, self._wiped_paths = self._wiped_paths, set()
-            numbers = [number for path in paths for number in self._inodes.numbers_of(path)]
-            await trio.to_thread.run_sync(_invalidate, numbers, abandon_on_cancel=True)
-
-    async def _drop_all_pages(self) -> None:
-        """Wipe the reply buffer, and have the kernel drop the pages of every file it knows.
-
-        Programs with a live map get SIGBUS, if reading the pages anew is refused.
-        """
-        self._wipe_reply_buffer()
-        numbers = self._inodes.files_known()
-        await trio.to_thread.run_sync(_invalidate, numbers, abandon_on_cancel=True)
 
     def _wipe_reply_buffer(self) -> None:
         """Overwrite what the last reply left in the reply buffer."""
@@ -375,16 +360,3 @@ class FuseView(pyfuse3.Operations):
         entry.st_gid = permissions.gid
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
         return entry
-
-
-def _invalidate(numbers: list[int], names: Iterable[tuple[int, bytes]] = ()) -> None:
-    """Runs in a thread: on the event loop it would deadlock with a read under way."""
-    calls = [functools.partial(pyfuse3.invalidate_inode, number) for number in numbers]
-    calls += [functools.partial(pyfuse3.invalidate_entry, *name) for name in names]
-    for call in calls:
-        try:
-            call()
-        except OSError as error:
-            # ENOENT: the kernel has forgotten the inode. The others: the mount is gone.
-            if error.errno not in _NOT_CACHED:
-                log.warning("inode %d was not invalidated: errno %s", call.args[0], error.errno)

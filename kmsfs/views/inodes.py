@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
+from kmsfs.store.names import is_at_or_below
 from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
 
 # FUSE_ROOT_ID of linux/fuse.h.
@@ -55,9 +56,13 @@ class InodeTable:
         """The inode of a number that the kernel was told; None once forgotten."""
         return self._by_number.get(number)
 
-    def files_known(self) -> list[int]:
-        """Numbers of all files the kernel knows."""
-        return [n for n, inode in self._by_number.items() if isinstance(inode.node, SourceFile)]
+    def files_known(self, place: str = "") -> list[int]:
+        """Numbers of all files at or below a path that the kernel knows."""
+        return [
+            number
+            for number, inode in self._by_number.items()
+            if isinstance(inode.node, SourceFile) and is_at_or_below(inode.path, place)
+        ]
 
     def numbers_of(self, path: str) -> list[int]:
         """Every number under which the kernel knows a file: its own and those of versions."""

@@ -16,13 +16,14 @@ from kmsfs.events import EventSink, NotShown, Published, PublishHeldBack
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import MountConfig
 from kmsfs.store import watch
+from kmsfs.store.names import is_at_or_below
 from kmsfs.store.volume import Volume
 from kmsfs.views import mountpoint as mounts
 from kmsfs.views import ram_mount, ram_plan, ram_state
 from kmsfs.views.ram_fill import Filling
 from kmsfs.views.ram_plan import NextSet, Outcome, RamFile, Trouble, boot_clock_s
 from kmsfs.views.ram_tree import OPENING_S, RamTree
-from kmsfs.views.serving import HeldFile, Progress, Ready
+from kmsfs.views.serving import HeldFile, Progress, Ready, no_progress
 
 # A program that has found its way to the set before may open another file of it for so long.
 _LINGER_S: Final = 1.0
@@ -44,10 +45,6 @@ _OVERDUE_PAUSE_S: Final = 1.0
 
 def _memory_of(files: dict[str, RamFile]) -> int:
     return sum(round_to_pages(file.size_bytes) for file in files.values())
-
-
-def _no_progress(_done: int, _total: int) -> None:
-    pass
 
 
 class RamView:
@@ -137,6 +134,15 @@ class RamView:
         await refreshed.wait()
         return self.missing
 
+    async def reread(self, place: str, *, accept_older: bool) -> dict[str, KmsfsError]:
+        """See `View.reread`: everything there is decrypted now."""
+        versions = self._volume.versions
+        self._volume.cache.retire(place)
+        with versions.accepting_older(versions.below(place) if accept_older else ()):
+            await self.refresh(again=place)
+        unread = {**self.stale, **self.missing}
+        return {path: error for path, error in unread.items() if is_at_or_below(path, place)}
+
     async def detach(self) -> None:
         """Unmounted: nobody new can see the files, so they are taken away, and that is all."""
         self._visible = False
@@ -176,8 +182,13 @@ class RamView:
                     await wake.wait()
                 await self._do_what_is_due(trio.current_time())
 
-    async def refresh(self, progress: Progress = _no_progress) -> dict[str, KmsfsError]:
+    async def refresh(
+        self, progress: Progress = no_progress, *, again: str | None = None
+    ) -> dict[str, KmsfsError]:
         """Bring the ramfs in step with the source now; not while locked or unmounted.
+
+        Args:
+            again: a path; files at or below it are asked for whatever is known of them.
 
         Returns: the files that are not there, with why not.
         Raises:
@@ -192,11 +203,11 @@ class RamView:
                 ram_mount.verify(self._mount_fd, self._config.mountpoint, self._config.ram)
                 ram_mount.verify_visible(self._mount_fd, self._config.mountpoint)
                 last = attempt == _MAX_ATTEMPTS - 1
-                if await self._fill_once(progress, last=last):
+                if await self._fill_once(progress, last=last, again=again):
                     return self.missing
         return self.missing
 
-    async def _fill_once(self, progress: Progress, *, last: bool) -> bool:
+    async def _fill_once(self, progress: Progress, *, last: bool, again: str | None) -> bool:
         """Decrypt and publish one set; False if the source changed meanwhile.
 
         A set that nobody ever put there (a certificate from before a change, its key from after
@@ -204,7 +215,9 @@ class RamView:
         """
         cache = self._config.cache
         survey = await self._volume.survey()
-        decided = ram_plan.plan(survey, self.shown, self._troubles, cache, boot_clock_s())
+        decided = ram_plan.plan(
+            survey, self.shown, self._troubles, cache, boot_clock_s(), again=again
+        )
         filling = Filling(self._volume, self._tree, cache, decided, self.shown)
         try:
             outcomes = await filling.decrypt(progress)

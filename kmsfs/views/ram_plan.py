@@ -20,6 +20,7 @@ from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import CacheSettings
 from kmsfs.store.cache import kms_is_away
 from kmsfs.store.ciphertext import FileVersion
+from kmsfs.store.names import is_at_or_below
 from kmsfs.store.source import SourceFile, Survey
 
 # A file that fails is asked for again after this, and after twice as long each time.
@@ -115,12 +116,15 @@ def plan(
     troubles: Mapping[str, Trouble],
     cache: CacheSettings,
     now: float,
+    *,
+    again: str | None = None,
 ) -> Plan:
     """Decide which files are asked for.
 
     Args:
         shown: what the ramfs shows now.
         now: on the clock that runs from boot.
+        again: a path; files at or below it are asked for though they need not be yet.
     """
     keep: dict[str, RamFile] = {}
     wanted: list[SourceFile] = []
@@ -128,8 +132,11 @@ def plan(
     for file in survey.files:
         old = shown.get(file.path)
         trouble = troubles.get(file.path)
+        at_once = again is not None and is_at_or_below(file.path, again)
         if file.problem and not file.rivals:
             known[file.path] = CiphertextInvalid(file.problem)
+        elif at_once:
+            wanted.append(file)
         elif trouble is not None and trouble.version == file.version and now < trouble.again_at_s:
             known[file.path] = trouble.error
         elif old is not None and old.is_of(file) and now < old.decrypted_at_s + cache.lifetime_s:

@@ -16,6 +16,10 @@ Progress = Callable[[int, int], None]
 """Told before that after each file: how many are done, and of how many."""
 
 
+def no_progress(_done: int, _total: int) -> None:
+    """A `Progress` that nobody is told of."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeldFile:
     """A plaintext that was taken away and cannot be wiped, since a program holds it.
@@ -44,6 +48,20 @@ class View(Protocol):
 
     async def after_unlock(self) -> dict[str, KmsfsError]:
         """Give it back; returns the files that cannot be, with why not."""
+
+    async def reread(self, place: str, *, accept_older: bool) -> dict[str, KmsfsError]:
+        """Have KMS asked again for every file at or below a path.
+
+        Args:
+            place: relative to the mountpoint; empty for everything.
+            accept_older: serve what lies there though a newer version was seen. All such files
+                are decrypted now.
+
+        Returns: files there that cannot be read, or not anew, with why not.
+        Raises:
+            KmsfsError: nothing could be read again.
+        Cancellation: files that were not asked for again stay as they were.
+        """
 
     async def detach(self) -> None:
         """The mount is gone from the tree; programs may still use it."""

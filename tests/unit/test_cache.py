@@ -501,3 +501,79 @@ async def test_ending_wipes_everything(site: Open, mock_clock: Clock) -> None:
         await s.open(file("a"))
         await s.open_and_close(file("b"))
     assert s.wipes() == ["end", "end"]
+
+
+@pytest.mark.trio
+async def test_retired_plaintexts_are_wiped_and_the_next_open_asks_anew(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site() as s:
+        for path in ("a", "sub/b", "sub/c", "subway"):
+            await s.open_and_close(file(path))
+        s.cache.retire("sub")
+        assert s.wipes() == ["refreshed", "refreshed"]
+        assert [entry.path for entry in s.cache.held()] == ["a", "subway"]
+        assert not await s.open_and_close(file("sub/b"))
+        assert await s.open_and_close(file("a"))
+        s.cache.retire("")
+        assert [entry.path for entry in s.cache.held()] == []
+
+
+@pytest.mark.trio
+async def test_a_retired_plaintext_that_is_open_is_wiped_at_its_last_close(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site() as s:
+        lease, _ = await s.open()
+        s.cache.retire("a")
+        assert s.wipes() == []
+        assert read(lease) == b"a1........"
+        assert not await s.open_and_close()
+        lease.close()
+        assert s.wipes() == ["last close"]
+
+
+@pytest.mark.trio
+async def test_a_decryption_begun_before_is_for_those_alone_who_wait_for_it(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site() as s, trio.open_nursery() as nursery:
+        s.gate = first_gate = trio.Event()
+        results: list[bool] = []
+
+        async def open_once() -> None:
+            results.append(await s.open_and_close())
+
+        nursery.start_soon(open_once)
+        await trio.testing.wait_all_tasks_blocked()
+        s.cache.retire("a")
+        s.gate = None
+        assert not await s.open_and_close()
+        assert len(s.calls) == 2
+        first_gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert results == [False]
+        # The newer one stays, and the older one is gone with those who waited.
+        assert s.wipes() == ["last close"]
+        assert await s.open_and_close()
+
+
+@pytest.mark.trio
+async def test_lock_ends_decryptions_that_were_retired_as_well(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site() as s, trio.open_nursery() as nursery:
+        s.gate = trio.Event()
+
+        async def open_refused() -> None:
+            with pytest.raises(VolumeLocked):
+                await s.open()
+
+        async def end_workers() -> None:
+            await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(open_refused)
+        await trio.testing.wait_all_tasks_blocked()
+        s.cache.retire("")
+        with trio.fail_after(1):
+            await s.cache.lock(end_workers)

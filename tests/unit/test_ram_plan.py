@@ -130,6 +130,23 @@ def test_bytes_that_can_never_be_shown_are_not_asked_for_again(error: KmsfsError
     assert Trouble.after(None, source_file("a"), error, NOW).again_at_s == math.inf
 
 
+def test_files_that_are_wanted_again_are_asked_for_whatever_is_known() -> None:
+    names = ("kept", "sub/failed", "sub/kept", "subway")
+    files = [source_file(name) for name in names]
+    trouble = Trouble.after(None, files[1], CiphertextInvalid("cut"), NOW)
+    shown = {name: ram_file(name) for name in names if name != "sub/failed"}
+
+    def asked(again: str | None) -> list[str]:
+        troubles = {"sub/failed": trouble}
+        decided = ram_plan.plan(survey(*files), shown, troubles, CACHE, NOW, again=again)
+        return [file.path for file in decided.ask]
+
+    assert asked(None) == []
+    assert asked("sub") == ["sub/failed", "sub/kept"]
+    assert asked("kept") == ["kept"]
+    assert asked("") == list(names)
+
+
 def test_a_refused_file_goes_and_the_others_stay() -> None:
     shown = {"a": ram_file("a", at=NOW - 100), "b": ram_file("b")}
     following = settled([source_file("a"), source_file("b")], shown, {"a": DENIED})

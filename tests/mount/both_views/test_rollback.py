@@ -128,3 +128,37 @@ def test_files_that_are_not_bound_have_no_version_to_go_back_from(site: Site) ->
     site.write("bare.encrypted", old_blob)
     wait_for(volume.path / "bare", old)
     assert strerror_of_cat(volume.path / "bare") == ""
+
+
+@pytest.mark.parametrize("place", ["key", ""])
+def test_refresh_accepts_an_older_version_where_it_is_told_to(
+    site: Site, view: str, versions: Versions, place: str
+) -> None:
+    volume = site.mount()
+    wait_for(volume.path / "key", versions.new)
+    versions.put(versions.old_ciphertext)
+    wait_until_refused(volume, view)
+    volume.kmsfs("refresh", volume.path / "key", exit_code={"fuse": 0, "ramfs": 1}[view])
+    wait_until_refused(volume, view)
+
+    volume.kmsfs("refresh", "--accept-older", volume.path / place)
+    assert (volume.path / "key").read_bytes() == versions.old
+    assert volume.failing() == {}
+    # From there versions rise again, and the one accepted is what no older one may replace.
+    versions.put(versions.new_ciphertext)
+    wait_for(volume.path / "key", versions.new)
+    versions.put(versions.old_ciphertext)
+    wait_until_refused(volume, view)
+
+
+def test_what_cannot_be_read_is_not_accepted(site: Site, view: str, versions: Versions) -> None:
+    volume = site.mount()
+    wait_for(volume.path / "key", versions.new)
+    cut = versions.old_ciphertext[:-1]
+    versions.put(cut)
+    refused = said_of_refused(view, fuse=BAD_MESSAGE), "CiphertextInvalid"
+    wait_until(lambda: refusal_of(volume, "key") == refused, "it is refused", SEEN_S)
+    done = volume.kmsfs("refresh", "--accept-older", volume.path / "key", exit_code=1)
+    assert "kmsfs: error: key: CiphertextInvalid: " in done.stderr
+    versions.put(versions.old_ciphertext)
+    wait_until_refused(volume, view)
