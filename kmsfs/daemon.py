@@ -22,8 +22,9 @@ from typing import Final
 import msgspec
 import trio
 
+from kmsfs import answers
 from kmsfs.admin import control, control_server, eventlog, observe
-from kmsfs.admin.status import HeldPlaintext, NamedProblem, RamStatus
+from kmsfs.admin.status import named_problems
 from kmsfs.daemon_hooks import Forget, HookWatch
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
@@ -45,9 +46,6 @@ _MAX_DETAIL: Final = 1000
 
 # Everything is wiped before this bounds what is left: telling the kernel to drop its pages.
 _END_S: Final = 5.0
-
-# Of the time that an answer on the control socket may take, the part for filling a ramfs.
-_REFILL_S: Final = 0.8 * control.ANSWER_S
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +163,7 @@ class Daemon:
             held = await self._view.after_lock()
             await self._client.workers.end_zygote()
             self._events.emit(LockChanged(locked=True, by_uid=by_uid))
-        return control.Locked(wiped=wiped, held=_held_records(held))
+        return control.Locked(wiped=wiped, held=answers.held_records(held))
 
     async def unlock(self, by_uid: int) -> control.Unlocked:
         """Serve again; a zygote is asked for at once, so that the first open finds it."""
@@ -173,28 +171,16 @@ class Daemon:
         self._hooks.look()
         self._want_zygote()
         self._events.emit(LockChanged(locked=False, by_uid=by_uid))
-        with trio.move_on_after(_REFILL_S):
-            return control.Unlocked(missing=_problems(await self._view.after_unlock()))
+        with trio.move_on_after(answers.REFILL_S):
+            return control.Unlocked(missing=named_problems(await self._view.after_unlock()))
         return control.Unlocked(filled=False)
-
-    async def refresh(self, path: str, *, accept_older: bool) -> control.Refreshed:
-        """Have KMS asked again for what is served at or below a path.
-
-        Raises:
-            VolumeLocked, SourceMissing: nothing is, now or at all.
-            KmsfsError: the view cannot be filled.
-        """
-        await self._volume.check_readable(path)
-        with trio.move_on_after(_REFILL_S):
-            failed = await self._view.reread(path, accept_older=accept_older)
-            return control.Refreshed(failed=_problems(failed))
-        return control.Refreshed(finished=False)
 
     async def _respond(self, request: control.Request, uid: int) -> control.Answer:
         match request:
             case control.StatusRequest():
+                ram = answers.ram_status(self._config, self._view)
                 status = await observe.gather(
-                    self._config, self._volume, self._client, self._sandbox, self._ram_status()
+                    self._config, self._volume, self._client, self._sandbox, ram
                 )
                 status = msgspec.structs.replace(status, hooks=self._hooks.status)
                 return control.StatusAnswer(status=status)
@@ -203,22 +189,12 @@ class Daemon:
             case control.UnlockRequest():
                 return await self.unlock(uid)
             case control.RefreshRequest():
-                return await self.refresh(request.path, accept_older=request.accept_older)
-
-    def _ram_status(self) -> RamStatus | None:
-        view = self._view
-        if not isinstance(view, RamView):
-            return None
-        return RamStatus(
-            kind=self._config.ram.kind,
-            swappable=view.is_swappable,
-            files=len(view.shown),
-            size_bytes=view.size_bytes,
-            limit_bytes=self._config.cache.max_bytes,
-            stale=_problems(view.stale),
-            held=_held_records(view.held),
-            problem=view.problem,
-        )
+                return await answers.refreshed(self._volume, self._view, request)
+            case control.WhyRequest(path=path):
+                report = await answers.explained(
+                    self._config, self._volume, self._client, self._view, path
+                )
+                return control.WhyAnswer(file=report)
 
     # --- launcher and zygote -------------------------------------------------------------------
 
@@ -327,17 +303,6 @@ def _held_briefly(config: MountConfig) -> MountConfig:
     """For a view that copies plaintexts: each is wiped as soon as it is copied."""
     cache = msgspec.structs.replace(config.cache, ttl_s=0.0, idle_s=0.0, stale_s=0.0)
     return msgspec.structs.replace(config, cache=cache)
-
-
-def _problems(errors: dict[str, KmsfsError]) -> tuple[NamedProblem, ...]:
-    return tuple(
-        NamedProblem(path=path, reason=f"{error.code}: {error.detail}", hint=error.hint)
-        for path, error in errors.items()
-    )
-
-
-def _held_records(held: tuple[HeldFile, ...]) -> tuple[HeldPlaintext, ...]:
-    return tuple(HeldPlaintext(path=file.path, old_path=file.old_path) for file in held)
 
 
 @dataclass(slots=True)

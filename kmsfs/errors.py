@@ -12,6 +12,8 @@ import enum
 import errno
 from typing import ClassVar, Final
 
+from kmsfs.kms_call import KmsCall
+
 
 class ExitCode(enum.IntEnum):
     """Exit statuses of every command."""
@@ -34,11 +36,14 @@ class KmsfsError(Exception):
     Args:
         detail: what happened, for a person: identifiers, sizes, paths; never content.
         hint: replaces the class's own hint where the raiser knows better.
+
+    `call` is the request to KMS that ended so, if one was made or about to be.
     """
 
     errno: ClassVar[int] = errno.EIO
     exit_code: ClassVar[ExitCode] = ExitCode.BUG
     hint: str = ""
+    call: KmsCall | None = None
 
     def __init__(self, detail: str, *, hint: str | None = None) -> None:
         super().__init__(detail)

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from kmsfs.admin.status import HeldPlaintext, MountStatus, NamedProblem
+from kmsfs.admin.status import FileReport, HeldPlaintext, MountStatus, NamedProblem
 from kmsfs.errors import ControlUnavailable, from_code
 
 # A request may name a path, of 4096 bytes at most, each of which JSON may write as six.
@@ -50,6 +50,16 @@ class RefreshRequest(_Message, frozen=True):
 
     path: str = ""
     accept_older: bool = False
+
+
+class WhyRequest(_Message, frozen=True):
+    """Ask for a `WhyAnswer`.
+
+    Attributes:
+        path: of a file, relative to the mountpoint.
+    """
+
+    path: str
 
 
 class StatusAnswer(_Message, frozen=True):
@@ -94,6 +104,12 @@ class Refreshed(_Message, frozen=True):
     finished: bool = True
 
 
+class WhyAnswer(_Message, frozen=True):
+    """What is remembered of one file."""
+
+    file: FileReport
+
+
 class Refused(_Message, frozen=True):
     """It has not, with a `KmsfsError` by its code."""
 
@@ -102,8 +118,8 @@ class Refused(_Message, frozen=True):
     hint: str | None = None
 
 
-Request = StatusRequest | LockRequest | UnlockRequest | RefreshRequest
-Answer = StatusAnswer | Locked | Unlocked | Refreshed | Refused
+Request = StatusRequest | LockRequest | UnlockRequest | RefreshRequest | WhyRequest
+Answer = StatusAnswer | Locked | Unlocked | Refreshed | WhyAnswer | Refused
 
 _answer_decoder: Final[msgspec.json.Decoder[Answer]] = msgspec.json.Decoder(Answer)
 

@@ -5,9 +5,16 @@ from typing import Final
 
 import trio
 
-from kmsfs.admin.status import CachedPlaintext, MountStatus, NamedProblem, RamStatus
+from kmsfs.admin.explain import problem_of
+from kmsfs.admin.status import (
+    CachedPlaintext,
+    MountStatus,
+    NamedProblem,
+    RamStatus,
+    named_problems,
+)
 from kmsfs.decryptor.client import DecryptorClient
-from kmsfs.errors import CiphertextInvalid, KmsfsError, NameConflict, NotBound
+from kmsfs.errors import KmsfsError, from_code
 from kmsfs.memory.process import ProcessReport, report
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
@@ -62,7 +69,7 @@ async def gather(
         ),
         unbound_count=len(unbound),
         unbound=tuple(unbound[:_MAX_NAMED]),
-        failing=tuple(_failing(volume, survey.files))[:_MAX_NAMED],
+        failing=_failing(volume, survey.files)[:_MAX_NAMED],
         cached=tuple(
             CachedPlaintext(
                 path=entry.path,
@@ -91,33 +98,16 @@ def _printable(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> list[NamedProblem]:
-    failures = volume.cache.failures
-    problems = []
+def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> tuple[NamedProblem, ...]:
+    problems: dict[str, KmsfsError] = {}
     for file in files:
-        failure = failures.get(file.path)
-        error: KmsfsError | None = None
-        if file.rivals:
-            error = NameConflict(f"claimed by {', '.join((file.source_path, *file.rivals))}")
-        elif file.problem:
-            error = CiphertextInvalid(file.problem)
-        elif not file.bound and not volume.may_be_unbound(file):
-            error = NotBound("it is not bound to its place, and binding is required")
-        if error is not None:
-            problems.append(
-                NamedProblem(
-                    path=file.path, reason=f"{error.code}: {error.detail}", hint=error.hint
-                )
-            )
-        elif failure is not None:
-            problems.append(
-                NamedProblem(
-                    path=file.path,
-                    reason=f"{failure.error}: {failure.detail}",
-                    hint=failure.hint,
-                )
-            )
-    return problems
+        failure = volume.history.failures.get(file.path)
+        problem = problem_of(volume, file)
+        if problem is None and failure is not None:
+            problem = from_code(failure.error, failure.detail, failure.hint)
+        if problem is not None:
+            problems[file.path] = problem
+    return named_problems(problems)
 
 
 def _gaps(process: str, found: ProcessReport | None) -> list[str]:

@@ -1,7 +1,12 @@
 """What `kmsfs status` shows: the record that crosses the control socket. Light to import."""
 
+from collections.abc import Mapping
+from typing import Literal
+
 import msgspec
 
+from kmsfs.errors import KmsfsError
+from kmsfs.kms_call import KmsCall
 from kmsfs.memory.process import ProcessReport
 
 
@@ -75,6 +80,52 @@ class UnattendedStatus(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     view: str = "ramfs"
     attended: bool = False
+
+
+class FileReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the last open of a file met; in the ramfs view, the last decryption of it.
+
+    Attributes:
+        state: `stale` is served although KMS could not be asked again; `not asked for` was never
+            opened; `locked` goes before all others.
+        error, detail, hint: what went wrong; empty if nothing did.
+        error_age_s: how long ago; None for what shows without an open.
+        version: authenticated `kmsfs:version`; None for files that are not bound, and where the
+            ciphertext as it is now was never decrypted. So is what follows.
+        key_arn: the key that KMS decrypted it with.
+        decrypted_age_s: how long ago.
+        opened_age_s: how long ago the last open was; None if there was none.
+        from_cache: whether that one was served without asking KMS.
+        held: whether its plaintext is in memory now.
+        call: the last request to KMS for it.
+        credential_source: where credentials come from.
+    """
+
+    path: str
+    mountpoint: str
+    view: str
+    state: Literal["served", "stale", "failing", "not asked for", "locked"]
+    error: str = ""
+    detail: str = ""
+    hint: str = ""
+    error_age_s: float | None = None
+    format: str
+    version: int | None = None
+    key_arn: str | None = None
+    decrypted_age_s: float | None = None
+    opened_age_s: float | None = None
+    from_cache: bool = False
+    held: bool = False
+    call: KmsCall | None = None
+    credential_source: str | None = None
+
+
+def named_problems(errors: Mapping[str, KmsfsError]) -> tuple[NamedProblem, ...]:
+    """Files with what is the matter with them, as records."""
+    return tuple(
+        NamedProblem(path=path, reason=f"{error.code}: {error.detail}", hint=error.hint)
+        for path, error in errors.items()
+    )
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):

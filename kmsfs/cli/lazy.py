@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "mount": _Entry("mount", "Serve a directory of ciphertext as plain files."),
     "umount": _Entry("mount", "Stop serving, and wipe every plaintext."),
     "status": _Entry("control", "Show what mounts serve, and what fails."),
+    "why": _Entry("why", "Show what the last open of a file met, and what to do."),
     "lock": _Entry("control", "Wipe every plaintext of a mount and refuse new opens."),
     "unlock": _Entry("control", "Serve again after lock."),
     "refresh": _Entry("control", "Read files of a mount again, now."),

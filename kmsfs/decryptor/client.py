@@ -13,6 +13,7 @@ from kmsfs.decryptor.pool import WorkerLostError, WorkerPool
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import CredentialsUnavailable, DeadlineExceeded, WorkerFailed, from_code
 from kmsfs.events import ConfinementWeak, EventSink, WorkerEnded
+from kmsfs.kms_call import KmsCall
 from kmsfs.memory.arena import Arena, Slot
 from kmsfs.memory.process import ProcessReport
 
@@ -42,13 +43,14 @@ FileVersion = tuple[int, int, int, int, int]
 class Plaintext:
     """A decrypted file in its slot, which the receiver must wipe in the end.
 
-    `bound_version` is the authenticated version of a bound file.
+    `bound_version` is the authenticated version of a bound file, `call` what KMS was asked.
     """
 
     slot: Slot
     key_arn: str
     format: str
     bound_version: int | None = None
+    call: KmsCall | None = None
 
 
 class DecryptorClient:
@@ -145,7 +147,9 @@ class DecryptorClient:
                 raise _WornWorkerError
             if isinstance(reply, wire.Failed) and reply.id == request.id:
                 intact = not reply.last
-                raise from_code(reply.code, reply.detail, reply.hint)
+                error = from_code(reply.code, reply.detail, reply.hint)
+                error.call = reply.call
+                raise error
             plaintext, last = self._take(reply, received_fd, request.id)
             try:
                 await channel.send(worker.sock, wire.Taken(id=request.id))
@@ -187,6 +191,7 @@ class DecryptorClient:
             key_arn=reply.key_arn,
             format=reply.format,
             bound_version=reply.bound_version,
+            call=reply.call,
         )
         return plaintext, reply.last
 

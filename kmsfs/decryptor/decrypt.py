@@ -32,7 +32,8 @@ from kmsfs.formats import esdk, esdk_header, kms_blob
 from kmsfs.formats.binding import bound_version, check_pairs, check_place
 from kmsfs.formats.detect import Format, detect
 from kmsfs.formats.esdk_header import EncryptedDataKey, EsdkHeader
-from kmsfs.keys.service import KeyService
+from kmsfs.keys.service import Decryption, KeyService
+from kmsfs.kms_call import KmsCall
 
 Allocate = Callable[[int], memoryview]
 """A writable buffer of exactly this many bytes, for plaintext."""
@@ -68,12 +69,14 @@ class DecryptedInfo:
         format: a value of `Format`.
         bound_version: the version that its authenticated encryption context names; None for
             files that are not bound.
+        call: what KMS was asked, if it told.
     """
 
     size_bytes: int
     key_arn: str
     format: str
     bound_version: int | None = None
+    call: KmsCall | None = None
 
 
 def decrypt_ciphertext(
@@ -130,21 +133,24 @@ def _decrypt_blob(
     if rules.binding_required:
         raise NotBound("a bare KMS ciphertext blob is bound to no place")
     decryption = None
+    refused: IncorrectKey | None = None
     for key_id in _blob_key_ids(rules):
         try:
             decryption = keys.decrypt(
                 blob, key_id=key_id, encryption_context=rules.encryption_context
             )
             break
-        except IncorrectKey:
-            continue
+        except IncorrectKey as error:
+            refused = error
     if decryption is None:
-        raise IncorrectKey(f"none of the allowed keys encrypted it: {', '.join(rules.key_ids)}")
+        failed = IncorrectKey(f"none of the allowed keys encrypted it: {', '.join(rules.key_ids)}")
+        failed.call = None if refused is None else refused.call
+        raise failed
     size_bytes = len(decryption.plaintext)
     if size_bytes > rules.max_plaintext_bytes:
         raise FileTooLarge(f"{size_bytes} bytes, {rules.max_plaintext_bytes} at most")
     allocate(size_bytes)[:] = decryption.plaintext
-    return DecryptedInfo(size_bytes, decryption.key_arn, found)
+    return DecryptedInfo(size_bytes, decryption.key_arn, found, call=decryption.call)
 
 
 def _blob_key_ids(rules: DecryptRules) -> Sequence[str | None]:
@@ -177,22 +183,30 @@ def _decrypt_message(
     size_bytes = esdk_header.plaintext_size_bytes(header, len(ciphertext), read_at)
     if size_bytes > rules.max_plaintext_bytes:
         raise FileTooLarge(f"{size_bytes} bytes, {rules.max_plaintext_bytes} at most")
-    data_key, key_arn = _unwrap(header, rules, keys)
+    data_key, key_arn, call = _unwrap(header, rules, keys)
     out = allocate(size_bytes)
     try:
         esdk.decrypt_message(ciphertext, header, data_key, out)
-    except BaseException:
+    except BaseException as error:
         out[:] = bytes(len(out))
+        if isinstance(error, KmsfsError):
+            error.call = call
         raise
-    return DecryptedInfo(size_bytes, key_arn, Format.ESDK, bound_version(header.encryption_context))
+    return DecryptedInfo(
+        size_bytes, key_arn, Format.ESDK, bound_version(header.encryption_context), call
+    )
 
 
-def _unwrap(header: EsdkHeader, rules: DecryptRules, keys: KeyService) -> tuple[bytes, str]:
-    """The message's data key, from the first allowed key that gives it; and that key's ARN."""
+def _unwrap(
+    header: EsdkHeader, rules: DecryptRules, keys: KeyService
+) -> tuple[bytes, str, KmsCall | None]:
+    """The message's data key, from the first allowed key that gives it; that key's ARN; and what
+    KMS was asked."""
     failures: list[KmsfsError] = []
     for wrapped, key_arn, key_id in _attempts(header, rules):
         try:
-            return _unwrap_one(header, wrapped, key_arn, key_id, keys), key_arn
+            unwrapped = _unwrap_one(header, wrapped, key_arn, key_id, keys)
+            return unwrapped.plaintext, key_arn, unwrapped.call
         except _FATAL:
             raise
         except KmsfsError as error:
@@ -237,7 +251,7 @@ def _may_name(key_id: str, key_arn: str) -> bool:
 
 def _unwrap_one(
     header: EsdkHeader, wrapped: EncryptedDataKey, key_arn: str, key_id: str, keys: KeyService
-) -> bytes:
+) -> Decryption:
     decryption = keys.decrypt(
         wrapped.ciphertext, key_id=key_id, encryption_context=header.encryption_context
     )
@@ -249,7 +263,7 @@ def _unwrap_one(
         raise CiphertextInvalid(
             f"a data key of {len(decryption.plaintext)} bytes for suite {header.suite.name}"
         )
-    return decryption.plaintext
+    return decryption
 
 
 def _rank(error: KmsfsError) -> int:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from kmsfs.decryptor.rules import DecryptRules
+from kmsfs.kms_call import KmsCall
 from kmsfs.memory.process import ProcessReport
 from kmsfs.settings import MAX_HOOKS
 
@@ -85,7 +86,8 @@ class Decrypted(_Message, frozen=True):
     """Worker to daemon, with the memory that holds the plaintext (none for an empty one).
 
     `last`: the worker takes no further request.
-    `bound_version` is the authenticated `kmsfs:version` of a bound file.
+    `bound_version` is the authenticated `kmsfs:version` of a bound file, `call` what KMS was
+    asked for it.
     """
 
     id: int
@@ -95,6 +97,7 @@ class Decrypted(_Message, frozen=True):
     report: ProcessReport
     last: bool = False
     bound_version: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    call: KmsCall | None = None
 
 
 class Taken(_Message, frozen=True):
@@ -104,13 +107,14 @@ class Taken(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """Worker to daemon: a `KmsfsError` by its code; `last` as in `Decrypted`."""
+    """Worker to daemon: a `KmsfsError` by its code; `last` and `call` as in `Decrypted`."""
 
     id: int
     code: str
     detail: str
     hint: str | None = None
     last: bool = False
+    call: KmsCall | None = None
 
 
 class AskAnother(_Message, frozen=True):

@@ -207,6 +207,7 @@ class Worker:
                 detail=_printable(error.detail),
                 hint=hint,
                 last=self._keys.worn,
+                call=error.call,
             )
         except Exception as error:  # noqa: BLE001 - one bad file must not end in a dead worker
             # The class name only: a foreign exception's text may hold content.
@@ -224,6 +225,7 @@ class Worker:
             report=process.report(memory_locked=self._memory_locked, sandbox=self._sandbox),
             last=self._keys.worn,
             bound_version=info.bound_version,
+            call=info.call,
         )
 
 

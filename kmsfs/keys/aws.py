@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from kmsfs.errors import (
     CiphertextInvalid,
     CredentialsUnavailable,
     DeadlineExceeded,
     KmsAnswerInvalid,
+    KmsfsError,
     PlaintextTooLarge,
     RegionUnknown,
     UsageInvalid,
@@ -24,6 +27,7 @@ from kmsfs.keys import aws_errors, deadline
 from kmsfs.keys.aws_session import AwsSession, credential_source, region_of, warm_up
 from kmsfs.keys.credentials import CredentialStore
 from kmsfs.keys.service import DataKey, Decryption, Encryption
+from kmsfs.kms_call import KmsCall
 from kmsfs.settings import KmsSettings
 
 __all__ = ["AwsKeyService", "credential_source", "warm_up"]
@@ -152,7 +156,11 @@ class AwsKeyService:
             parameters["KeyId"] = key_id
         answer = self._call("Decrypt", key_id, parameters)
         plaintext = _take_bytes(answer, "Plaintext", "Decrypt", MAX_PLAINTEXT_BYTES)
-        return Decryption(plaintext, _take_key_arn(answer, "Decrypt", key_id))
+        key_arn = _take_key_arn(answer, "Decrypt", key_id)
+        request_id = aws_errors.request_id_of(answer)
+        return Decryption(
+            plaintext, key_arn, self._signed(KmsCall(key_id=key_arn, request_id=request_id))
+        )
 
     def encrypt(
         self, plaintext: bytes, *, key_id: str, encryption_context: Mapping[str, str]
@@ -247,16 +255,30 @@ class AwsKeyService:
     def _call_once(
         self, operation: str, key_id: str | None, parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        with aws_errors.translating(operation, key_id):
-            session = self._session = self._session or AwsSession(self._settings)
-            region = region_of(key_id) or session.region
-            if region is None:
-                raise RegionUnknown(f"{aws_errors.describe(operation, key_id)}: no region is known")
-            self._freeze(session, region, key_id)
-            answer = getattr(session.client(region), _METHODS[operation])(**parameters)
+        try:
+            with aws_errors.translating(operation, key_id):
+                session = self._session = self._session or AwsSession(self._settings)
+                region = region_of(key_id) or session.region
+                if region is None:
+                    what = aws_errors.describe(operation, key_id)
+                    raise RegionUnknown(f"{what}: no region is known")
+                self._freeze(session, region, key_id)
+                answer = getattr(session.client(region), _METHODS[operation])(**parameters)
+        except KmsfsError as error:
+            error.call = self._signed(error.call or KmsCall(key_id=key_id))
+            raise
         if not isinstance(answer, dict):
             raise KmsAnswerInvalid(f"{operation}: the answer is no structure")
         return answer
+
+    def _signed(self, call: KmsCall) -> KmsCall:
+        """A request, with what this process knows of who made it."""
+        session = self._session
+        return msgspec.structs.replace(
+            call,
+            access_key_id=None if session is None else session.signed_by,
+            principal=call.principal or self._settings.role_arn,
+        )
 
     def _freeze(self, session: AwsSession, region: str, key_id: str | None) -> None:
         if self._confine is None or self._confined:

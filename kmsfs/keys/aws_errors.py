@@ -29,10 +29,17 @@ from kmsfs.errors import (
     KmsUnreachable,
     RegionUnknown,
 )
+from kmsfs.kms_call import KmsCall
 
 # Codes and request ids come from the wire. Whatever does not look like one is not repeated.
 _CODE: Final = re.compile(r"[A-Za-z0-9._]{1,80}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._=/+-]{1,80}")
+
+# How IAM begins to say who may not do what.
+_REFUSED: Final = re.compile(
+    r"User: (arn:[a-z0-9-]{1,20}:(?:iam|sts)::[0-9]{12}:[\w+=,.@/-]{1,600}) is not authorized",
+    re.ASCII,
+)
 
 _CREDENTIALS_REFUSED_HINT: Final = (
     "renew the credentials; if they are current, check this machine's clock"
@@ -183,13 +190,15 @@ def translate_client_error(
     Args:
         operation: what was asked of KMS, such as `Decrypt`.
         key_id: the key as it was named to KMS; None where the blob names it.
+
+    Returns: an error that has the request with it, if it is KMS that answered.
     """
     answered = error.response.get("Error", {})
     metadata: Mapping[str, Any] = error.response.get("ResponseMetadata", {})
     status = metadata.get("HTTPStatusCode")
     code = _matching(_CODE, answered.get("Code")) or "no error code"
     told = code if code != str(status) else f"HTTP status {code}"
-    request_id = _matching(_REQUEST_ID, metadata.get("RequestId"))
+    request_id = request_id_of(error.response)
     if request_id is not None:
         told = f"{told} (request {request_id})"
     kind, hint = _BY_CODE.get(code, (None, None))
@@ -199,7 +208,24 @@ def translate_client_error(
         if issubclass(kind, KmsUnreachable):
             return kind(f"{error.operation_name}: {told}", hint=hint)
         return CredentialsUnavailable(f"{error.operation_name}: {told}")
-    return kind(f"{describe(operation, key_id)}: {told}", hint=hint)
+    translated = kind(f"{describe(operation, key_id)}: {told}", hint=hint)
+    translated.call = KmsCall(
+        key_id=key_id, request_id=request_id, principal=_principal(answered.get("Message"))
+    )
+    return translated
+
+
+def request_id_of(answer: Mapping[str, Any]) -> str | None:
+    """The request id in an answer or a refusal."""
+    metadata = answer.get("ResponseMetadata")
+    found = metadata.get("RequestId") if isinstance(metadata, dict) else None
+    return _matching(_REQUEST_ID, found)
+
+
+def _principal(message: object) -> str | None:
+    """Whom a refusal names; nothing else of its text is repeated."""
+    found = _REFUSED.match(message) if isinstance(message, str) else None
+    return found[1] if found is not None else None
 
 
 def translate_botocore_error(

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import botocore.exceptions
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.credentials import (
@@ -53,6 +54,9 @@ _ARN: Final = re.compile(r"arn:[^:]+:kms:([^:]+):[^:]*:(?:key|alias)/.+")
 # What botocore calls the environment; its other names are words of the AWS documentation.
 _SOURCE_NAMES: Final = {"env": "environment"}
 
+# AWS Signature Version 4: the access key id stands before the first slash.
+_SIGNED_BY: Final = re.compile(r"Credential=([A-Z0-9]{1,128})/")
+
 _UNSET: Final = (None, None, None, None)
 _NO_FILE: Final = (None, None, os.devnull, None)
 _PLACEHOLDER: Final = "placeholder"
@@ -70,6 +74,7 @@ class AwsSession:
     Attributes:
         frozen: the credentials that `freeze` found; None before.
         found_here: whether it asked their source for them, and not the store.
+        signed_by: the access key id that the last request to KMS was signed with; None before.
     """
 
     def __init__(self, settings: KmsSettings) -> None:
@@ -82,6 +87,7 @@ class AwsSession:
         self._lock = threading.Lock()
         self.frozen: SessionCredentials | None = None
         self.found_here = False
+        self.signed_by: str | None = None
 
     @property
     def region(self) -> str | None:
@@ -191,7 +197,13 @@ class AwsSession:
         except ValueError:
             raise ConfigInvalid("the endpoint URL of KMS is not a URL") from None
         client.meta.events.register("before-send.kms", _check_deadline)
+        client.meta.events.register("before-send.kms", self._note_signer)
         return client
+
+    def _note_signer(self, request: AWSPreparedRequest, **_: object) -> None:
+        # Some versions of botocore have bytes there.
+        found = _SIGNED_BY.search(str(request.headers.get("Authorization")))
+        self.signed_by = found[1] if found is not None else None
 
 
 def region_of(key_id: str | None) -> str | None:

@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kmsfs.kms_call import KmsCall
+
 
 @dataclass(frozen=True, slots=True)
 class Decryption:
     """Answer to `KeyService.decrypt`.
 
     `plaintext` is bytes because that is what boto3 yields; it has no repr and is to be copied
-    into locked memory and dropped at once.
+    into locked memory and dropped at once. `call` is what may be known of the request.
     """
 
     plaintext: bytes = field(repr=False)
     key_arn: str
+    call: KmsCall | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ Not thread-safe: everything here runs on the event loop, and state changes betwe
 """
 
 import math
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +27,7 @@ from kmsfs.memory.arena import Arena
 from kmsfs.settings import CacheSettings
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.flight import Flight
+from kmsfs.store.history import FileHistory
 from kmsfs.store.lease import Entry, Lease
 from kmsfs.store.names import is_at_or_below
 from kmsfs.store.source import SourceFile
@@ -45,16 +45,6 @@ DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
 def kms_is_away(error: KmsfsError) -> bool:
     """Whether KMS gave no answer, as against one that says no: what it said before may stand."""
     return isinstance(error, KmsUnreachable | CredentialsUnavailable)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The last thing that went wrong with a file; `at_unix_s` is wall-clock time."""
-
-    error: str
-    detail: str
-    hint: str
-    at_unix_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +87,7 @@ class PlaintextCache:
         self._next_sweep = math.inf
         self._detached = False
         self.locked = False
-        self.failures: dict[str, Failure] = {}
+        self.history: Final = FileHistory()
         arena.reclaim = self._evict
         self._arena = arena
 
@@ -131,11 +121,11 @@ class PlaintextCache:
         if self.locked:
             raise VolumeLocked("the volume is locked")
         entry = self._current_entry(file)
-        if entry is not None and trio.current_time() < entry.ready_at + self._settings.lifetime_s:
+        if entry is not None and not self._is_over(entry):
             return self._lease(entry), True
         if file.problem:
             error = CiphertextInvalid(file.problem)
-            self.note_failure(file.path, error)
+            self.history.note_failure(file.path, error)
             raise error
         if self._waiting >= MAX_WAITING:
             raise TooManyWaiting(f"{MAX_WAITING} opens wait already")
@@ -202,6 +192,11 @@ class PlaintextCache:
             for entry in sorted(self._entries, key=lambda e: e.path)
         ]
 
+    def is_stale(self, path: str) -> bool:
+        """Whether a file is served past its time, since KMS cannot be reached."""
+        entry = self._current.get(path)
+        return entry is not None and self._is_over(entry)
+
     def memory_kinds(self) -> set[str]:
         """Which kinds of memory the plaintexts held now lie in."""
         return {entry.slot.kind for entry in self._entries if entry.slot.size_bytes}
@@ -214,6 +209,9 @@ class PlaintextCache:
             self._retire(entry, "newer version")
             return None
         return entry
+
+    def _is_over(self, entry: Entry) -> bool:
+        return trio.current_time() >= entry.ready_at + self._settings.lifetime_s
 
     def _flight_for(self, file: SourceFile, deadline: float) -> Flight:
         key = (file.path, file.version)
@@ -284,7 +282,7 @@ class PlaintextCache:
     def _fail(self, flight: Flight, error: KmsfsError, duration_s: float) -> None:
         path = flight.file.path
         flight.error = flight.error or error
-        self.note_failure(path, error)
+        self.history.note_failure(path, error)
         self._events.emit(
             DecryptFailed(path=path, error=error.code, detail=error.detail, duration_s=duration_s)
         )
@@ -309,7 +307,7 @@ class PlaintextCache:
         self._entries.add(entry)
         if entry.current:
             self._current[file.path] = entry
-        self.failures.pop(file.path, None)
+        self.history.note_success(file, plaintext)
         self._events.emit(
             Decrypted(
                 path=file.path,
@@ -326,10 +324,6 @@ class PlaintextCache:
         if flight.waiting == 0 and flight.entry is not None:
             entry, flight.entry = flight.entry, None
             self._end_lease(entry)
-
-    def note_failure(self, path: str, error: KmsfsError) -> None:
-        """Have `failures` show what is the matter with a file, until it is decrypted."""
-        self.failures[path] = Failure(error.code, error.detail, error.hint, time.time())
 
     # --- ending ------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class Volume:
         self.policy: Final = Policy(config.ownership, config.rules, prefix=self._prefix)
         self.versions: Final = SeenVersions(allow_older=config.rollback == "allow")
         self.cache: Final = PlaintextCache(arena, config.cache, events, self._decrypt)
+        self.history: Final = self.cache.history
 
     # --- metadata: never KMS -------------------------------------------------------------------
 
@@ -152,12 +153,13 @@ class Volume:
         Cancellation: leaves the decryption running for others.
         Plaintext: in the cache's slot, reachable through the lease.
         """
-        with trio.CancelScope(deadline=deadline):
-            try:
-                return await self._open_newest(path, deadline)
-            except CiphertextChanging:
-                return await self._open_newest(path, deadline)
-        raise DeadlineExceeded("the open's deadline passed")
+        try:
+            opened = await self._open_in_time(path, deadline)
+        except KmsfsError as error:
+            self.history.note_open(path, error=error)
+            raise
+        self.history.note_open(path, from_cache=opened.from_cache)
+        return opened
 
     async def open_each(
         self,
@@ -205,6 +207,14 @@ class Volume:
     def unlock(self) -> None:
         """Serve again; descriptors opened before the lock stay dead."""
         self.cache.unlock()
+
+    async def _open_in_time(self, path: str, deadline: float) -> OpenedFile:
+        with trio.CancelScope(deadline=deadline):
+            try:
+                return await self._open_newest(path, deadline)
+            except CiphertextChanging:
+                return await self._open_newest(path, deadline)
+        raise DeadlineExceeded("the open's deadline passed")
 
     async def _open_newest(self, path: str, deadline: float) -> OpenedFile:
         if self.cache.locked:

@@ -16,12 +16,13 @@ from kmsfs.events import EventSink, NotShown, Published, PublishHeldBack
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import MountConfig
 from kmsfs.store import watch
+from kmsfs.store.history import boot_clock_s
 from kmsfs.store.names import is_at_or_below
 from kmsfs.store.volume import Volume
 from kmsfs.views import mountpoint as mounts
 from kmsfs.views import ram_mount, ram_plan, ram_state
 from kmsfs.views.ram_fill import Filling
-from kmsfs.views.ram_plan import NextSet, Outcome, RamFile, Trouble, boot_clock_s
+from kmsfs.views.ram_plan import NextSet, Outcome, RamFile, Trouble
 from kmsfs.views.ram_tree import OPENING_S, RamTree
 from kmsfs.views.serving import HeldFile, Progress, Ready, no_progress
 
@@ -225,7 +226,7 @@ class RamView:
                 return True
             self._note_troubles(filling, outcomes, {file.path for file in survey.files})
             for path, error in decided.known.items():
-                self._volume.cache.note_failure(path, error)
+                self._volume.history.note_known(path, error)
             following = ram_plan.settle(
                 survey,
                 decided,

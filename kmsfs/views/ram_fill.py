@@ -8,10 +8,11 @@ import trio
 from kmsfs.errors import KmsfsError, MountFailed
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import CacheSettings
+from kmsfs.store.history import boot_clock_s
 from kmsfs.store.source import SourceFile
 from kmsfs.store.volume import OpenedFile, Volume
 from kmsfs.views import ram_plan
-from kmsfs.views.ram_plan import NextSet, Outcome, Plan, RamFile, boot_clock_s
+from kmsfs.views.ram_plan import NextSet, Outcome, Plan, RamFile
 from kmsfs.views.ram_tree import Generation, RamTree
 from kmsfs.views.serving import Progress
 
@@ -92,7 +93,7 @@ class Filling:
         needed_bytes = round_to_pages(size_bytes)
         if self._total_bytes + needed_bytes > self._cache.max_bytes:
             error = ram_plan.limit_reached(self._total_bytes, size_bytes, self._cache)
-            self._volume.cache.note_failure(file.path, error)
+            self._volume.history.note_failure(file.path, error)
             raise error
         self._total_bytes += needed_bytes
         old = self._shown.get(file.path)

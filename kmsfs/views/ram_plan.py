@@ -8,7 +8,6 @@ are shown already keep the version they have, so that a certificate and its key 
 
 import errno
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,11 +25,6 @@ from kmsfs.store.source import SourceFile, Survey
 # A file that fails is asked for again after this, and after twice as long each time.
 _FIRST_RETRY_S: Final = 1.0
 _MAX_RETRY_S: Final = 60.0
-
-
-def boot_clock_s() -> float:
-    """Seconds since boot: a clock that outlives processes, as the ramfs does."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class RamFile(msgspec.Struct, frozen=True, kw_only=True):

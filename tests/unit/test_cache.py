@@ -358,7 +358,7 @@ async def test_a_known_problem_is_told_without_decrypting(site: Open, mock_clock
         with pytest.raises(CiphertextInvalid, match="truncated"):
             await s.open(file(problem="truncated"))
         assert s.calls == []
-        assert s.cache.failures["a"].error == "CiphertextInvalid"
+        assert s.cache.history.failures["a"].error == "CiphertextInvalid"
 
 
 @pytest.mark.trio
@@ -369,7 +369,7 @@ async def test_failures_are_remembered_until_the_file_is_decrypted(
         s.error = KeyAccessDenied("no permission")
         with pytest.raises(KeyAccessDenied):
             await s.open()
-        failure = s.cache.failures["a"]
+        failure = s.cache.history.failures["a"]
         assert (failure.error, failure.detail, failure.hint) == (
             "KeyAccessDenied",
             "no permission",
@@ -377,7 +377,7 @@ async def test_failures_are_remembered_until_the_file_is_decrypted(
         )
         s.error = None
         await s.open_and_close()
-        assert s.cache.failures == {}
+        assert s.cache.history.failures == {}
         assert [type(e) for e in s.events.events] == [DecryptFailed, Decrypted]
 
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import logging
 import os
 
+import botocore.exceptions
 import pytest
 
 from kmsfs.errors import (
@@ -22,7 +23,7 @@ from kmsfs.errors import (
     RegionUnknown,
     UsageInvalid,
 )
-from kmsfs.keys import aws_session
+from kmsfs.keys import aws_errors, aws_session
 from kmsfs.keys.aws import AwsKeyService
 from kmsfs.settings import KmsSettings
 from tests.support.aws_files import AwsFiles
@@ -170,6 +171,42 @@ def test_denied_key_is_told_with_operation_key_and_code(
     detail = caught.value.detail
     assert detail.startswith(f"Decrypt under {kms_key.arn}: AccessDeniedException (request ")
     assert keys.encrypt(b"-", key_id=kms_key.arn, encryption_context={}).key_arn == kms_key.arn
+
+
+def test_request_is_known_by_its_id_key_and_signer_but_by_nothing_secret(
+    keys: AwsKeyService, strict_kms: StrictKms, kms_key: KmsKey
+) -> None:
+    blob = keys.encrypt(PLAINTEXT, key_id=kms_key.arn, encryption_context=CONTEXT).ciphertext
+    call = keys.decrypt(blob, key_id=None, encryption_context=CONTEXT).call
+    assert call is not None
+    assert (call.key_id, call.principal) == (kms_key.arn, None)
+    assert call.access_key_id == strict_kms.admin.access_key_id
+    assert call.request_id
+
+    strict_kms.deny(strict_kms.admin, "Decrypt", kms_key)
+    with pytest.raises(KeyAccessDenied) as caught:
+        decrypt(keys, blob, kms_key.arn)
+    denied = caught.value.call
+    assert denied is not None
+    assert (denied.key_id, denied.principal) == (kms_key.arn, strict_kms.admin.arn)
+    assert denied.request_id != call.request_id
+    assert f"(request {denied.request_id})" in caught.value.detail
+    assert strict_kms.admin.secret_access_key not in repr((call, denied))
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["User: root is not authorized", "User: arn:aws:iam::1:user/a is not authorized", "", None]
+    + ["User: arn:aws:iam::111122223333:user/a\nb is not authorized", "no permission"],
+)
+def test_principal_that_is_no_arn_is_not_repeated(message: str | None) -> None:
+    error = botocore.exceptions.ClientError(
+        {"Error": {"Code": "AccessDeniedException", "Message": message}},  # type: ignore[typeddict-item] # None
+        "Decrypt",
+    )
+    call = aws_errors.translate_client_error(error, "Decrypt", None).call
+    assert call is not None
+    assert call.principal is None
 
 
 def test_error_has_no_cause_that_could_hold_content(
