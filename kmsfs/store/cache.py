@@ -193,7 +193,7 @@ class PlaintextCache:
         ]
 
     def is_stale(self, path: str) -> bool:
-        """Whether a file is served past its time, since KMS cannot be reached."""
+        """Whether what is held of a file is past its time: served only if KMS cannot be asked."""
         entry = self._current.get(path)
         return entry is not None and self._is_over(entry)
 

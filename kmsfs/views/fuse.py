@@ -21,7 +21,7 @@ from kmsfs.memory.mapping import LockedMapping
 from kmsfs.store.known import KnownTree
 from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
 from kmsfs.store.volume import OpenedFile, Volume
-from kmsfs.views import fuse_loop
+from kmsfs.views import fuse_loop, fuse_xattrs
 from kmsfs.views.fuse_pages import KernelPages
 from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
 from kmsfs.views.serving import HeldFile, Progress, Ready, no_progress
@@ -220,14 +220,21 @@ class FuseView(pyfuse3.Operations):
     @handler
     async def getattr(self, inode: int, _ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Attributes of the version that is open, or else of the newest."""
-        known = self._inode(inode)
-        if known.opens == 0:
-            node = await self._tree.node_at(known.path)
-            if node is None or isinstance(node, SourceFile) != isinstance(known.node, SourceFile):
-                raise FUSEError(errno.ENOENT)
-            if known.opens == 0:
-                known.node = node
-        return self._attributes(inode, known.node)
+        return self._attributes(inode, await self._node_now(inode))
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, _ctx: pyfuse3.RequestContext) -> bytes:
+        """One of `user.kmsfs.*`; programs also ask for others, which is answered at once."""
+        if name.startswith(fuse_xattrs.PREFIX):
+            value = (await self._known_of(inode)).get(name)
+            if value is not None:
+                return value
+        raise FUSEError(errno.ENODATA)
+
+    @handler
+    async def listxattr(self, inode: int, _ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        """Names of the attributes that are known."""
+        return list(await self._known_of(inode))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel drops references."""
@@ -327,6 +334,21 @@ class FuseView(pyfuse3.Operations):
         self._inodes.drop_unreferenced(handle.inode)
 
     # --- helpers -------------------------------------------------------------------------------
+
+    async def _node_now(self, number: int) -> SourceNode:
+        """What is known under a number: the version that is open, or else the newest."""
+        known = self._inode(number)
+        if known.opens == 0:
+            node = await self._tree.node_at(known.path)
+            if node is None or isinstance(node, SourceFile) != isinstance(known.node, SourceFile):
+                raise FUSEError(errno.ENOENT)
+            if known.opens == 0:
+                known.node = node
+        return known.node
+
+    async def _known_of(self, number: int) -> dict[bytes, bytes]:
+        node = await self._node_now(number)
+        return fuse_xattrs.attributes_of(self._volume, node) if isinstance(node, SourceFile) else {}
 
     def _inode(self, number: int) -> Inode:
         inode = self._inodes.get(number)

@@ -577,3 +577,18 @@ async def test_lock_ends_decryptions_that_were_retired_as_well(
         s.cache.retire("")
         with trio.fail_after(1):
             await s.cache.lock(end_workers)
+
+
+@pytest.mark.trio
+async def test_a_plaintext_past_its_time_is_stale_until_it_is_decrypted_anew(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site(idle_s=1000, stale_s=50) as s:
+        await s.open_and_close()
+        await s.pass_time(99)
+        assert not s.cache.is_stale("a")
+        await s.pass_time(2)
+        assert s.cache.is_stale("a")
+        await s.open_and_close()
+        assert not s.cache.is_stale("a")
+        assert not s.cache.is_stale("never opened")
