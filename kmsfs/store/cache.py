@@ -282,13 +282,18 @@ class PlaintextCache:
     def _fail(self, flight: Flight, error: KmsfsError, duration_s: float) -> None:
         path = flight.file.path
         flight.error = flight.error or error
-        self.history.note_failure(path, error)
+        current = self._current.get(path)
+        is_other = current is not None and current.version != flight.file.version
+        if error.exit_code is ExitCode.NOT_AUTHENTIC and is_other:
+            # Of a ciphertext that was replaced meanwhile, by one that is served.
+            current = None
+        else:
+            self.history.note_failure(path, error)
         self._events.emit(
             DecryptFailed(path=path, error=error.code, detail=error.detail, duration_s=duration_s)
         )
-        refused = self._current.get(path)
-        if refused is not None and error.exit_code in _PURGING:
-            self._retire(refused, error.code)
+        if current is not None and error.exit_code in _PURGING:
+            self._retire(current, error.code)
 
     def _land(self, flight: Flight, plaintext: Plaintext, duration_s: float) -> None:
         if self.locked:

@@ -7,7 +7,7 @@ is remembered here is the highest one that was decrypted, by path, for the life 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from kmsfs.errors import RolledBack
+from kmsfs.errors import CiphertextChanging, RolledBack
 from kmsfs.store.names import is_at_or_below
 
 
@@ -22,19 +22,27 @@ class SeenVersions:
         self._allow_older = allow_older
         self._highest: dict[str, int] = {}
 
-    def check(self, path: str, version: int | None) -> None:
+    def highest_of(self, path: str) -> int:
+        """The highest version seen of a path; 0 where none was."""
+        return self._highest.get(path, 0)
+
+    def check(self, path: str, version: int | None, *, begun_at: int) -> None:
         """Take note of a version that was just authenticated.
 
         Args:
             version: None for a file that is not bound, which has none and always passes.
+            begun_at: what `highest_of` said before the ciphertext was read.
 
         Raises:
             RolledBack: a higher one was seen before; the same one passes.
+            CiphertextChanging: a higher one came meanwhile, so that this one was replaced.
         """
         if version is None:
             return
         highest = self._highest.get(path, version)
         if version < highest and not self._allow_older:
+            if version >= begun_at:
+                raise CiphertextChanging("a newer version came while it was decrypted")
             raise RolledBack(f"version {version}, where version {highest} was seen before")
         self._highest[path] = max(version, highest)
 

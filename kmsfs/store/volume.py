@@ -13,11 +13,11 @@ from kmsfs.decryptor.client import MAX_CALLS, DecryptorClient, Plaintext
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import (
     CiphertextChanging,
+    CiphertextInvalid,
     DeadlineExceeded,
     FileTooLarge,
     KmsfsError,
     NameConflict,
-    RolledBack,
     SourceMissing,
     VolumeLocked,
 )
@@ -233,6 +233,7 @@ class Volume:
         limit = self._config.cache.max_file_bytes
         if file.size_exact and file.size_bytes > limit:
             raise FileTooLarge(f"{file.size_bytes} bytes, {limit} at most")
+        highest = self.versions.highest_of(file.path)
         fd, version = await self._open_ciphertext(file.source_path)
         try:
             if version != file.version:
@@ -243,8 +244,8 @@ class Volume:
         finally:
             os.close(fd)
         try:
-            self.versions.check(file.path, plaintext.bound_version)
-        except RolledBack:
+            self.versions.check(file.path, plaintext.bound_version, begun_at=highest)
+        except CiphertextInvalid:
             plaintext.slot.wipe()
             raise
         if file.format is not Format.ESDK:

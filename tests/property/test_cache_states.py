@@ -162,7 +162,11 @@ class CacheMachine(RuleBasedStateMachine):
     def _result(self, call: Decryption) -> Plaintext:
         path, version = call.file.path, call.file.version[3]
         if call.outcome != "decrypted":
-            if call.outcome in ("refused", "corrupt"):
+            served_version, _ = self.served.get(path, (version, 0.0))
+            # Bad ciphertext says nothing of another version.
+            if call.outcome == "refused" or (
+                call.outcome == "corrupt" and served_version == version
+            ):
                 self.served.pop(path, None)
             raise ERRORS[call.outcome]("as the test wants it")
         content = content_of_version(path, version)

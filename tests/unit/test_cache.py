@@ -592,3 +592,24 @@ async def test_a_plaintext_past_its_time_is_stale_until_it_is_decrypted_anew(
         await s.open_and_close()
         assert not s.cache.is_stale("a")
         assert not s.cache.is_stale("never opened")
+
+
+@pytest.mark.trio
+async def test_bad_ciphertext_that_was_replaced_meanwhile_takes_nothing_from_the_new_one(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site() as s, trio.open_nursery() as nursery:
+        s.gate, s.error = trio.Event(), CiphertextInvalid("cut")
+
+        async def open_the_old_one() -> None:
+            with pytest.raises(CiphertextInvalid):
+                await s.open(file(version=1))
+
+        nursery.start_soon(open_the_old_one)
+        await trio.testing.wait_all_tasks_blocked()
+        gate, s.gate, s.error = s.gate, None, None
+        assert not await s.open_and_close(file(version=2))
+        gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert s.cache.history.failures == {}
+        assert await s.open_and_close(file(version=2))
