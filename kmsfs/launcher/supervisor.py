@@ -211,6 +211,8 @@ class Launcher:
                         self._tell(message)
                     case wire.ZygoteWanted():
                         self._zygote.start(self._config.kms, self._lifeline)
+                    case wire.HooksDue():
+                        self._hooks.note(message.changed)
                     case _:
                         log.warning("unexpected %s from the daemon", type(message).__name__)
         except wire.WireError as error:
@@ -304,6 +306,7 @@ class Launcher:
         if self._opened is None or self._detached or self._stopping or self._is_mounted():
             return
         self._detached = True
+        self._hooks.end()
         if self._lifeline is not None:
             with contextlib.suppress(wire.WireError):
                 wire.send(self._lifeline, wire.Detached())

@@ -203,7 +203,7 @@ def shown(volume: MountedVolume) -> str:
     return volume.kmsfs("status", volume.path).output
 
 
-@pytest.mark.parametrize("how", ["umount", "sigterm"])
+@pytest.mark.parametrize("how", ["umount", "sigterm", "lazy umount"])
 def test_a_hook_that_runs_ends_with_the_mount(
     site: Site, view: str, tmp_path: Path, how: str
 ) -> None:
@@ -220,6 +220,8 @@ def test_a_hook_that_runs_ends_with_the_mount(
     assert "sleep" in {process_name(pid) for pid in everything}
     if how == "umount":
         volume.umount()
+    elif how == "lazy umount":
+        subprocess.run(["umount", "-l", volume.path], check=True)
     else:
         os.kill(volume.launcher_pid, signal.SIGTERM)
     for pid in everything:
