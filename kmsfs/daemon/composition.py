@@ -1,43 +1,30 @@
-"""The daemon: composition root of one mount.
-
-Serves readers from /dev/fuse, or fills a ramfs, and holds plaintext in locked memory only. No
-boto3, no AWS credentials; before it serves, the kernel is told to refuse it network, exec and
-writing to files (but for the ramfs). Its descriptors come from the launcher; it ends when the
-mount is gone, on SIGTERM, or when the launcher is gone. It has wiped everything then, except what
-lies in a ramfs whose launcher was killed: programs still need that.
-
-Run as `python -m kmsfs.daemon LAUNCHER_FD LOG_TARGET`; all else comes over that descriptor.
-"""
+"""All parts of one mount, put together: the composition root."""
 
 import contextlib
-import importlib
 import logging
 import os
 import signal
 import socket
-import sys
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 import trio
 
-from kmsfs import answers
 from kmsfs.admin import control, control_server, eventlog, observe
 from kmsfs.admin.status import named_problems
-from kmsfs.daemon_hooks import Forget, HookWatch
+from kmsfs.daemon import answers
+from kmsfs.daemon.hooks import Forget, HookWatch
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
-from kmsfs.errors import ExitCode, GuaranteeNotMet, KmsfsError
+from kmsfs.errors import GuaranteeNotMet, KmsfsError
 from kmsfs.events import ConfinementWeak, Event, EventSink, LockChanged
-from kmsfs.memory import process, sandbox
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
 from kmsfs.store.opener import RemoteOpener
 from kmsfs.store.source import Source
 from kmsfs.store.volume import Volume
-from kmsfs.views import ram_tree
 from kmsfs.views.ram import RamView
 from kmsfs.views.serving import HeldFile, View
 
@@ -48,6 +35,23 @@ _MAX_DETAIL: Final = 1000
 _END_S: Final = 5.0
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Handed:
+    """What the launcher hands over before the daemon begins.
+
+    Attributes:
+        opener: for a daemon that runs as an unprivileged user.
+        mount_fd: /dev/fuse, or the root of the ramfs.
+        mounting_uid: who may command the mount, besides root.
+    """
+
+    config: MountConfig
+    listener: socket.socket
+    opener: RemoteOpener | None
+    mount_fd: int
+    mounting_uid: int
 
 
 class _Fanout:
@@ -72,7 +76,7 @@ class Daemon:
         KmsfsError: the source cannot be opened, or no memory can be locked.
     """
 
-    def __init__(self, handed: "_Handed", launcher: socket.socket, sandbox: SandboxReport) -> None:
+    def __init__(self, handed: Handed, launcher: socket.socket, sandbox: SandboxReport) -> None:
         config = handed.config
         self._config = config
         self._sandbox = sandbox
@@ -303,71 +307,3 @@ def _held_briefly(config: MountConfig) -> MountConfig:
     """For a view that copies plaintexts: each is wiped as soon as it is copied."""
     cache = msgspec.structs.replace(config.cache, ttl_s=0.0, idle_s=0.0, stale_s=0.0)
     return msgspec.structs.replace(config, cache=cache)
-
-
-@dataclass(slots=True)
-class _Handed:
-    """What the launcher hands over before the daemon begins."""
-
-    config: MountConfig
-    listener: socket.socket
-    opener: RemoteOpener | None
-    mount_fd: int
-    mounting_uid: int
-
-
-def main(argv: list[str]) -> int:
-    """Be the daemon; returns the exit status."""
-    launcher_fd, log_target = int(argv[0]), argv[1]
-    process.harden("kmsfs-daemon")
-    process.forbid_new_privileges()
-    ram_tree.ignore_lease_breaks()
-    eventlog.set_up("stderr" if log_target == "stderr" else "syslog", name="kmsfs")
-    # A terminal's ^C is the launcher's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    launcher = socket.socket(fileno=launcher_fd)
-    if os.path.exists("/dev/fuse"):
-        # While the launcher finds out what is to be mounted.
-        with contextlib.suppress(ImportError):
-            importlib.import_module("kmsfs.views.fuse")
-    try:
-        handed = _receive_handed(launcher)
-    except wire.WireError as error:
-        # Mostly the launcher found that nothing can be mounted, and says why itself.
-        log.debug("nothing to serve: %s", error)
-        return int(ExitCode.MOUNTPOINT)
-    if handed.config.debug:
-        eventlog.show_debug()
-    if handed.config.run_as is not None:
-        process.become(handed.config.run_as.uid, handed.config.run_as.gid)
-    # Before the first thread, which trio starts when it has something to do in one.
-    walls = sandbox.confine_daemon(handed.mount_fd if handed.config.view == "ramfs" else None)
-    try:
-        trio.run(_run, handed, launcher, walls)
-    except KmsfsError as error:
-        wire.send(
-            launcher, wire.DaemonFailed(code=error.code, detail=error.detail, hint=error.hint)
-        )
-        return int(error.exit_code)
-    return 0
-
-
-def _receive_handed(launcher: socket.socket) -> _Handed:
-    fds: dict[wire.Handed, int] = {}
-    while "mount" not in fds:
-        message, fd = wire.expect(wire.receive(launcher), wire.HandOver)
-        if fd is None or message.item in fds:
-            raise wire.WireError(f"{message.item} was handed over without a descriptor, or twice")
-        fds[message.item] = fd
-    with open(fds["config"], "rb") as file:
-        config = msgspec.json.decode(file.read(), type=MountConfig)
-    opener = RemoteOpener(socket.socket(fileno=fds["opener"])) if "opener" in fds else None
-    return _Handed(config, socket.socket(fileno=fds["control"]), opener, fds["mount"], os.getuid())
-
-
-async def _run(handed: _Handed, launcher: socket.socket, walls: SandboxReport) -> None:
-    await Daemon(handed, launcher, walls).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
