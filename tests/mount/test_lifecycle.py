@@ -162,6 +162,8 @@ def test_readers_get_an_error_at_once_when_the_daemon_dies(served: MountedVolume
         os.kill(served.status()["daemon_pid"], signal.SIGKILL)
         with pytest.raises(OSError, match=r"not connected|abort"):
             read_for_ever(opened)
+    # What comes in its place would outlive the test.
+    wait_until(lambda: strerror_of_cat(served.path / "key") == "", "it serves again")
 
 
 def test_a_killed_zygote_is_replaced_when_it_is_needed(served: MountedVolume, site: Site) -> None:
