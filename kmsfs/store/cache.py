@@ -283,9 +283,11 @@ class PlaintextCache:
         path = flight.file.path
         flight.error = flight.error or error
         current = self._current.get(path)
-        is_other = current is not None and current.version != flight.file.version
-        if error.exit_code is ExitCode.NOT_AUTHENTIC and is_other:
-            # Of a ciphertext that was replaced meanwhile, by one that is served.
+        is_newer = current is not None and (
+            flight.outdated or current.version != flight.file.version
+        )
+        if is_newer and error.exit_code is not ExitCode.REFUSED_BY_KMS:
+            # What was decrypted meanwhile is served, and nothing is the matter with it.
             current = None
         else:
             self.history.note_failure(path, error)

@@ -613,3 +613,25 @@ async def test_bad_ciphertext_that_was_replaced_meanwhile_takes_nothing_from_the
         await trio.testing.wait_all_tasks_blocked()
         assert s.cache.history.failures == {}
         assert await s.open_and_close(file(version=2))
+
+
+@pytest.mark.trio
+async def test_a_failure_of_a_retired_decryption_is_not_that_of_the_newer_one(
+    site: Open, mock_clock: Clock
+) -> None:
+    async with site() as s, trio.open_nursery() as nursery:
+        s.gate, s.error = trio.Event(), KmsUnreachable("no answer")
+
+        async def open_before() -> None:
+            with pytest.raises(KmsUnreachable):
+                await s.open()
+
+        nursery.start_soon(open_before)
+        await trio.testing.wait_all_tasks_blocked()
+        s.cache.retire("")
+        gate, s.gate, s.error = s.gate, None, None
+        await s.open_and_close()
+        gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert s.cache.history.failures == {}
+        assert await s.open_and_close()
