@@ -1,5 +1,6 @@
 """Encrypting: plaintext into a message bound to where it will lie, or into a bare blob."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +85,19 @@ def encrypt_raw(
 
 
 def next_version(output: Path) -> int:
-    """One more than the version that the message at `output` carries; 1 without one."""
+    """A version higher than every one before: seconds since 1970, or one more than that of the
+    message at `output`, if that is higher.
+
+    Without the time a file that was removed, or made elsewhere, would begin anew, and a mount
+    that has seen its last version would take it for an older one.
+    """
+    now = int(time.time())
     try:
         with output.open("rb") as file:
             header = parse_header(file.read(MAX_HEADER_BYTES))
-        return int(header.encryption_context[VERSION_KEY]) + 1
+        return max(now, int(header.encryption_context[VERSION_KEY]) + 1)
     except (OSError, KeyError, ValueError, HeaderIncomplete, CiphertextInvalid):
-        return 1
+        return now
 
 
 def check_is_plaintext(data: bytes) -> None:
