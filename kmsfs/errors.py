@@ -38,12 +38,14 @@ class KmsfsError(Exception):
         hint: replaces the class's own hint where the raiser knows better.
 
     `call` is the request to KMS that ended so, if one was made or about to be.
+    `again_in_s` says, where KMS was not asked since it is away, when it may be.
     """
 
     errno: ClassVar[int] = errno.EIO
     exit_code: ClassVar[ExitCode] = ExitCode.BUG
     hint: str = ""
     call: KmsCall | None = None
+    again_in_s: float | None = None
 
     def __init__(self, detail: str, *, hint: str | None = None) -> None:
         super().__init__(detail)

@@ -77,6 +77,23 @@ class WorkerEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerOpened:
+    """KMS is away for a key: opens fail at once from now on, but for a probe at a time."""
+
+    key: str
+    error: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerClosed:
+    """KMS answers again for a key."""
+
+    key: str
+    open_for_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """The ramfs shows a new set of files. Numbers of files, but for `size_bytes`."""
 
@@ -120,6 +137,8 @@ Event = (
     | Wiped
     | LockChanged
     | WorkerEnded
+    | BreakerOpened
+    | BreakerClosed
     | Published
     | NotShown
     | PublishHeldBack

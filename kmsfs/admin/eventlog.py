@@ -6,6 +6,8 @@ import sys
 from typing import Final, Literal
 
 from kmsfs.events import (
+    BreakerClosed,
+    BreakerOpened,
     ConfinementWeak,
     Decrypted,
     DecryptFailed,
@@ -94,6 +96,10 @@ class LogSink:
                 log.warning("%s by uid %d", "locked" if event.locked else "unlocked", event.by_uid)
             case WorkerEnded():
                 log.warning("worker %d ended: %s", event.pid, event.reason)
+            case BreakerOpened():
+                log.warning("KMS is away for %s: %s: %s", event.key, event.error, event.detail)
+            case BreakerClosed():
+                log.warning("KMS answers again for %s, after %.1f s", event.key, event.open_for_s)
             case Published():
                 log.info(
                     "published %d files, %d bytes: %d added, %d changed, %d removed, %d failed",

@@ -7,6 +7,7 @@ import trio
 
 from kmsfs.admin.explain import problem_of
 from kmsfs.admin.status import (
+    AwayKey,
     CachedPlaintext,
     MountStatus,
     NamedProblem,
@@ -30,6 +31,9 @@ _SURVEY_S: Final = 20.0
 _NO_ANSWER: Final = Survey(
     files=(), directories=(), unreadable=("",), ignored=(("", "the source does not answer"),)
 )
+
+# Of a key's name; a file may name many at once.
+_MAX_KEY: Final = 1000
 
 
 async def gather(
@@ -69,6 +73,7 @@ async def gather(
         ),
         unbound_count=len(unbound),
         unbound=tuple(unbound[:_MAX_NAMED]),
+        away=_away(client),
         failing=_failing(volume, survey.files)[:_MAX_NAMED],
         cached=tuple(
             CachedPlaintext(
@@ -96,6 +101,19 @@ async def gather(
 def _printable(path: str) -> str:
     """A name that is not UTF-8, as text that is."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _away(client: DecryptorClient) -> tuple[AwayKey, ...]:
+    return tuple(
+        AwayKey(
+            key=found.key[:_MAX_KEY],
+            reason=f"{found.error.code}: {found.error.detail}",
+            failures=found.failures,
+            open_for_s=round(found.open_for_s, 3),
+            again_in_s=round(found.again_in_s, 3),
+        )
+        for found in client.breakers.open_breakers()[:_MAX_NAMED]
+    )
 
 
 def _failing(volume: Volume, files: tuple[SourceFile, ...]) -> tuple[NamedProblem, ...]:

@@ -27,6 +27,22 @@ class CachedPlaintext(msgspec.Struct, frozen=True, kw_only=True):
     open_by: int
 
 
+class AwayKey(msgspec.Struct, frozen=True, kw_only=True):
+    """A key that KMS is not asked for just now, having been away several times in a row.
+
+    Attributes:
+        key: its ARN, or several that a file names; `bare` for bare blobs of no known key.
+        reason: how the last call failed.
+        again_in_s: when the next open may be tried; 0 where it may now, or is being.
+    """
+
+    key: str
+    reason: str
+    failures: int
+    open_for_s: float
+    again_in_s: float
+
+
 class HeldPlaintext(msgspec.Struct, frozen=True, kw_only=True):
     """A file of the ramfs view that was taken away while a program held it.
 
@@ -137,6 +153,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
         served, ignored_count, unbound_count: numbers of files.
         failing: files whose last open failed, or that can never be decrypted.
         unbound: files served although they are not bound to their place.
+        away: keys whose circuit breaker is open.
         plaintext_in: the kinds of memory that plaintexts lie in.
         weaknesses: guarantees that do not hold, in words.
         hooks: what is run when served files change.
@@ -168,3 +185,4 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     view_reason: str = ""
     ram: RamStatus | None = None
     hooks: tuple[HookStatus, ...] = ()
+    away: tuple[AwayKey, ...] = ()

@@ -62,6 +62,10 @@ def _mount(record: MountStatus) -> str:
         lines.append(f"    {item.path}: {item.reason}")
         if item.hint:
             lines.append(f"      hint: {item.hint}")
+    for key in record.away:
+        when = f"again in {key.again_in_s:.1f} s" if key.again_in_s else "again at the next open"
+        lines.append(f"  away     KMS for {key.key}: {key.failures} failures in a row, {when}")
+        lines.append(f"    {key.reason}")
     for hook in record.hooks:
         lines.append(f"  hook     {hook.match}: {' '.join(hook.run)}")
         lines.append(f"    {_times('run', hook.runs)}, {_times('failed', hook.failures)}")

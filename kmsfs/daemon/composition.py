@@ -90,7 +90,7 @@ class Daemon:
         self._zygote_is_coming = True
         arena = Arena(config.cache.max_bytes, may_be_unlocked=config.cache.allow_unlocked)
         # With one key there are no others to leave room for.
-        several_keys = len(config.kms.key_ids) > 1
+        several_keys = config.kms.any_key or len(config.kms.key_ids) > 1
         self._client = DecryptorClient(
             arena,
             self._events,

@@ -1,14 +1,16 @@
 """The daemon's end: sends ciphertext to workers, matches answers, times out, tries once more."""
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from kmsfs.decryptor import channel, wire
+from kmsfs.decryptor.breaker import Breakers
 from kmsfs.decryptor.pool import WorkerLostError, WorkerPool
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import CredentialsUnavailable, DeadlineExceeded, WorkerFailed, from_code
@@ -72,6 +74,7 @@ class DecryptorClient:
         calls_per_key: int = MAX_CALLS_PER_KEY,
     ) -> None:
         self.workers: Final = WorkerPool(events, request_zygote)
+        self.breakers: Final = Breakers(trio.current_time, events)
         self._arena = arena
         self._events = events
         self._calls = trio.Semaphore(MAX_CALLS)
@@ -88,21 +91,39 @@ class DecryptorClient:
         Args:
             fd: the ciphertext; stays the caller's.
             version: of `fd`, as the caller saw it; a file that differs is CiphertextChanging.
-            key: what counts as one key for the limit of calls.
+            key: what counts as one key for the limit of calls and for `breakers`.
             deadline: on trio's clock; waiting for a turn counts.
 
         Raises:
             DeadlineExceeded: no answer in time.
+            KmsUnreachable, CredentialsUnavailable: also at once, as `Breakers.attempt` says.
             WorkerFailed: two workers died or answered nonsense.
             KmsfsError: what the worker reported.
         Cancellation: the request is abandoned, its worker killed, its memory freed.
         Plaintext: only in the slot.
         """
-        with trio.CancelScope(deadline=deadline) as scope:
-            async with self._key_semaphore(key), self._calls:
-                return await self._decrypt_with_retry(fd, rules, version, deadline)
-        assert scope.cancelled_caught
-        raise DeadlineExceeded("no answer from KMS within the deadline")
+        with self.breakers.attempt(key) as attempt:
+            async with self._turn(key, deadline):
+                ends_at = min(deadline, attempt.begin())
+                with trio.CancelScope(deadline=ends_at):
+                    return await self._decrypt_with_retry(fd, rules, version, ends_at)
+                raise DeadlineExceeded("no answer from KMS within the deadline")
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, key: str, deadline: float) -> AsyncIterator[None]:
+        """Hold one of the calls that may be under way at once, and of those for one key."""
+        held: list[trio.Semaphore] = []
+        try:
+            with trio.CancelScope(deadline=deadline):
+                for semaphore in (self._key_semaphore(key), self._calls):
+                    await semaphore.acquire()
+                    held.append(semaphore)
+            if len(held) < 2:
+                raise DeadlineExceeded("other calls to KMS took all the time until the deadline")
+            yield
+        finally:
+            for semaphore in held:
+                semaphore.release()
 
     async def _decrypt_with_retry(
         self, fd: int, rules: DecryptRules, version: FileVersion, deadline: float

@@ -10,14 +10,13 @@ from typing import Final
 
 import trio
 
+from kmsfs.decryptor.breaker import kms_is_away
 from kmsfs.decryptor.client import Plaintext
 from kmsfs.errors import (
     CiphertextInvalid,
-    CredentialsUnavailable,
     DeadlineExceeded,
     ExitCode,
     KmsfsError,
-    KmsUnreachable,
     TooManyWaiting,
     VolumeLocked,
     WorkerBug,
@@ -40,11 +39,6 @@ MAX_WAITING: Final = 512
 _PURGING: Final = frozenset({ExitCode.REFUSED_BY_KMS, ExitCode.NOT_AUTHENTIC})
 
 DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
-
-
-def kms_is_away(error: KmsfsError) -> bool:
-    """Whether KMS gave no answer, as against one that says no: what it said before may stand."""
-    return isinstance(error, KmsUnreachable | CredentialsUnavailable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,11 @@ from kmsfs.store.versions import SeenVersions
 # Threads for disk I/O that may hang; each one stuck holds a place until its I/O ends.
 _IO_THREADS: Final = 64
 
+# When many files are opened at once, how long those wait in all that fail only because KMS was
+# away a moment ago: for one pause of the breaker and one probe.
+_PATIENCE_S: Final = 2.0
+_SHORTEST_WAIT_S: Final = 0.05
+
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 
@@ -170,6 +175,8 @@ class Volume:
     ) -> None:
         """Open many files, as many at a time as KMS may be asked at once.
 
+        A file that KMS was not asked for, having been away before, is tried again for a moment.
+
         Args:
             take: gets each file while its lease lives; a KmsfsError of it counts for that file.
             ended: told of each path, with what went wrong or None.
@@ -177,19 +184,31 @@ class Volume:
         Cancellation: leaves files that are being decrypted to others.
         """
         turns = trio.Semaphore(MAX_CALLS)
+        patient_until: float | None = None
+
+        async def try_one(path: str) -> KmsfsError | None:
+            try:
+                deadline = trio.current_time() + self._config.kms.deadline_s
+                opened = await self.open_file(path, deadline)
+                try:
+                    await take(opened)
+                finally:
+                    opened.lease.close()
+            except KmsfsError as caught:
+                return caught
+            return None
 
         async def open_one(path: str) -> None:
+            nonlocal patient_until
             async with turns:
-                error: KmsfsError | None = None
-                try:
-                    deadline = trio.current_time() + self._config.kms.deadline_s
-                    opened = await self.open_file(path, deadline)
-                    try:
-                        await take(opened)
-                    finally:
-                        opened.lease.close()
-                except KmsfsError as caught:
-                    error = caught
+                error = await try_one(path)
+                while error is not None and error.again_in_s is not None:
+                    if patient_until is None:
+                        patient_until = trio.current_time() + _PATIENCE_S
+                    if trio.current_time() >= patient_until:
+                        break
+                    await trio.sleep(max(_SHORTEST_WAIT_S, error.again_in_s))
+                    error = await try_one(path)
                 ended(path, error)
 
         async with trio.open_nursery() as nursery:
@@ -206,6 +225,7 @@ class Volume:
 
     def unlock(self) -> None:
         """Serve again; descriptors opened before the lock stay dead."""
+        self._client.breakers.close_all()
         self.cache.unlock()
 
     async def _open_in_time(self, path: str, deadline: float) -> OpenedFile:
@@ -239,7 +259,7 @@ class Volume:
             if version != file.version:
                 raise CiphertextChanging("the file changed before it was read")
             plaintext = await self._client.decrypt(
-                fd, self._rules_for(file), version, key=file.key, deadline=deadline
+                fd, self._rules_for(file), version, key=self._key_of(file), deadline=deadline
             )
         finally:
             os.close(fd)
@@ -277,6 +297,14 @@ class Volume:
                 if opened_fd is not None:
                     os.close(opened_fd)
             raise
+
+    def _key_of(self, file: SourceFile) -> str:
+        """What counts as one key; a bare blob's own once it is known."""
+        if file.format is Format.ESDK:
+            return file.key
+        key_ids = self._config.kms.key_ids
+        only = key_ids[0] if len(key_ids) == 1 else file.key
+        return self._keys_found.get(file.source_path, only)
 
     def _rules_for(self, file: SourceFile) -> DecryptRules:
         kms = self._config.kms

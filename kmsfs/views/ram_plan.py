@@ -14,10 +14,10 @@ from typing import Final
 
 import msgspec
 
+from kmsfs.decryptor.breaker import kms_is_away
 from kmsfs.errors import CiphertextInvalid, ExitCode, KmsfsError, RamLimitReached
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import CacheSettings
-from kmsfs.store.cache import kms_is_away
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.names import is_at_or_below
 from kmsfs.store.source import SourceFile, Survey
@@ -25,6 +25,9 @@ from kmsfs.store.source import SourceFile, Survey
 # A file that fails is asked for again after this, and after twice as long each time.
 _FIRST_RETRY_S: Final = 1.0
 _MAX_RETRY_S: Final = 60.0
+# While KMS is away, no longer than this: it bounds how late its return is noticed, and most
+# files cost no call then (`decryptor.breaker`).
+_MAX_AWAY_RETRY_S: Final = 2.0
 
 
 class RamFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +67,9 @@ class Trouble:
         """The next one, given the one before for this path."""
         delay_s = _FIRST_RETRY_S
         if before is not None and before.version == file.version:
-            delay_s = min(2 * before.delay_s, _MAX_RETRY_S)
+            # What was not asked was not refused once more.
+            delay_s = before.delay_s * (1 if error.again_in_s is not None else 2)
+        delay_s = min(delay_s, _MAX_AWAY_RETRY_S if kms_is_away(error) else _MAX_RETRY_S)
         # Asking again about the same bytes changes nothing.
         final = error.exit_code is ExitCode.NOT_AUTHENTIC or error.errno == errno.EFBIG
         return Trouble(file.version, error, math.inf if final else now + delay_s, delay_s)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from kmsfs.decryptor import pool as pool_module
-from kmsfs.decryptor.client import DecryptorClient, Plaintext
+from kmsfs.decryptor.breaker import FAILURES_TO_OPEN
+from kmsfs.decryptor.client import MAX_CALLS_PER_KEY, DecryptorClient, Plaintext
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.decryptor.worker import version_of
 from kmsfs.errors import (
@@ -21,6 +23,7 @@ from kmsfs.errors import (
     DeadlineExceeded,
     GuaranteeNotMet,
     KeyUnusable,
+    KmsUnreachable,
     LockedMemoryExhausted,
     WorkerBug,
     WorkerFailed,
@@ -429,3 +432,38 @@ async def test_a_worker_serves_a_bounded_number_of_requests(
             plaintext.slot.wipe()
             seen |= set(s.client.workers.pids)
         assert len(seen) >= 2
+
+
+@pytest.mark.trio
+async def test_after_some_failures_in_a_row_a_key_fails_at_once_and_others_do_not(
+    site: Open,
+) -> None:
+    async with site(["KmsUnreachable:no route"]) as s:
+        for _ in range(FAILURES_TO_OPEN):
+            with pytest.raises(KmsUnreachable, match=r"^no route$"):
+                await s.decrypt()
+        s.zygotes[0].kill()
+        with pytest.raises(KmsUnreachable, match=r"^not asked: .*: no route$"):
+            await s.decrypt()
+        with pytest.raises(DeadlineExceeded):
+            await s.decrypt(key="other", seconds=0.0)
+
+
+@pytest.mark.trio
+async def test_whoever_waits_behind_a_hanging_key_fails_when_its_breaker_opens(site: Open) -> None:
+    async with site(["hang"]) as s:
+        errors: list[KmsUnreachable] = []
+
+        async def decrypt(seconds: float) -> None:
+            with pytest.raises(KmsUnreachable) as caught:
+                await s.decrypt(seconds=seconds)
+            errors.append(caught.value)
+
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                for _ in range(MAX_CALLS_PER_KEY):
+                    nursery.start_soon(decrypt, 0.6)
+                await trio.testing.wait_all_tasks_blocked()
+                for _ in range(20):
+                    nursery.start_soon(decrypt, 20.0)
+        assert sum(error.again_in_s is not None for error in errors) >= 19

@@ -125,6 +125,18 @@ def test_a_file_that_failed_is_asked_for_again_later_and_later() -> None:
     assert Trouble.after(trouble, changed, DENIED, NOW).delay_s == 1
 
 
+def test_while_kms_is_away_a_file_is_asked_for_every_few_seconds() -> None:
+    file = source_file("a")
+    not_asked = KmsUnreachable("not asked")
+    not_asked.again_in_s = 0.5
+    trouble: Trouble | None = None
+    delays = []
+    for error in (not_asked, not_asked, AWAY, not_asked, AWAY, AWAY, DENIED, not_asked):
+        trouble = Trouble.after(trouble, file, error, NOW)
+        delays.append(trouble.delay_s)
+    assert delays == [1, 1, 2, 2, 2, 2, 4, 2]
+
+
 @pytest.mark.parametrize("error", [CiphertextInvalid("bad"), FileTooLarge("large")])
 def test_bytes_that_can_never_be_shown_are_not_asked_for_again(error: KmsfsError) -> None:
     assert Trouble.after(None, source_file("a"), error, NOW).again_at_s == math.inf

@@ -8,6 +8,8 @@ import pytest
 
 from kmsfs.admin import eventlog
 from kmsfs.events import (
+    BreakerClosed,
+    BreakerOpened,
     Decrypted,
     DecryptFailed,
     Event,
@@ -49,6 +51,14 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         ),
         (LockChanged(locked=True, by_uid=0), "kmsfs: WARNING: locked by uid 0\n"),
         (LockChanged(locked=False, by_uid=5), "kmsfs: WARNING: unlocked by uid 5\n"),
+        (
+            BreakerOpened("arn:key", "KmsThrottled", "slow down"),
+            "kmsfs: WARNING: KMS is away for arn:key: KmsThrottled: slow down\n",
+        ),
+        (
+            BreakerClosed("arn:key", 2.34),
+            "kmsfs: WARNING: KMS answers again for arn:key, after 2.3 s\n",
+        ),
         (WorkerEnded(3, "gone"), "kmsfs: WARNING: worker 3 ended: gone\n"),
         (
             NotShown("a", "RamLimitReached", "full"),
