@@ -83,6 +83,7 @@ class CacheTable(_Table, frozen=True):
     max_bytes: int | str = "64MiB"
     max_file_bytes: int | str = "16MiB"
     allow_unlocked: bool = False
+    prefetch: tuple[str, ...] = ()
 
 
 class RuleTable(_Table, frozen=True):
@@ -159,6 +160,7 @@ def cache_settings(table: CacheTable) -> CacheSettings:
         max_bytes=parse_size(table.max_bytes, "cache.max_bytes"),
         max_file_bytes=parse_size(table.max_file_bytes, "cache.max_file_bytes"),
         allow_unlocked=table.allow_unlocked,
+        prefetch=table.prefetch,
     )
 
 

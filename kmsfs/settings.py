@@ -49,6 +49,7 @@ class CacheSettings(_Record, frozen=True):
     max_bytes: int = 64 << 20
     max_file_bytes: int = 16 << 20
     allow_unlocked: bool = False
+    prefetch: tuple[str, ...] = ()
 
     @property
     def lifetime_s(self) -> float:
@@ -111,6 +112,7 @@ class MountConfig(_Record, frozen=True):
         view: `auto` until the launcher has seen what can be mounted; see `served_as`.
         view_reason: why `auto` became ramfs; empty otherwise.
         require_all: refuse to mount unless every file decrypts.
+        wait: be ready only when what `cache.prefetch` names is decrypted.
         strict: refuse to mount unless every promise holds in full.
         run_as: who the daemon becomes; None leaves it the mounting user.
         debug: log more.
@@ -135,6 +137,7 @@ class MountConfig(_Record, frozen=True):
     view_reason: str = ""
     ram: RamSettings = RamSettings()
     require_all: bool = False
+    wait: bool = False
     strict: bool = False
     run_as: RunAs | None = None
     debug: bool = False

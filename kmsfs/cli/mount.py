@@ -49,6 +49,7 @@ _END_S = 20.0
 )
 @click.option("--allow-swap", is_flag=True, help="Fill a tmpfs that can be swapped out, too.")
 @click.option("--require-all", is_flag=True, help="Mount only if every file decrypts.")
+@click.option("--wait", is_flag=True, help="Return only when what prefetch names is decrypted.")
 @click.option("--strict", is_flag=True, help="Mount only if every promise holds in full.")
 @click.option("--user", metavar="NAME", help="Have the daemon run as this unprivileged user.")
 @click.option("--once", is_flag=True, help="Fill a ramfs and leave it, with no process behind.")
@@ -80,6 +81,7 @@ def mount(
     ram: str | None,
     allow_swap: bool,
     require_all: bool,
+    wait: bool,
     strict: bool,
     user: str | None,
     once: bool,
@@ -118,6 +120,7 @@ def mount(
             ram=ram,
             allow_swap=allow_swap,
             require_all=require_all,
+            wait=wait,
             strict=strict,
             user=user,
             debug=debug,

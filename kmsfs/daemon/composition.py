@@ -25,6 +25,7 @@ from kmsfs.settings import MountConfig
 from kmsfs.store.opener import RemoteOpener
 from kmsfs.store.source import Source
 from kmsfs.store.volume import Volume
+from kmsfs.views.prefetch import Prefetch
 from kmsfs.views.ram import RamView
 from kmsfs.views.serving import HeldFile, View
 
@@ -122,7 +123,7 @@ class Daemon:
             self._events,
             mount_fd,
             open_deadline_s=self._config.kms.deadline_s,
-            decrypt_all=self._config.require_all,
+            prefetch=Prefetch(self._config, self._volume),
             allow_unlocked=self._config.cache.allow_unlocked,
         )
         self._events.sinks.append(view)

@@ -43,7 +43,7 @@ _VALUE_OPTIONS: Final = frozenset(
     {"profile", "region", "endpoint_url", "owner", "group", "mode", "dir_mode", "view", "ram"}
 )
 _FLAG_OPTIONS: Final = frozenset(
-    {"allow_other", "allow_swap", "require_all", "strict", "debug", "once", "no_restart"}
+    {"allow_other", "allow_swap", "require_all", "wait", "strict", "debug", "once", "no_restart"}
 )
 _VIEWS: Final[tuple[View, ...]] = ("auto", "fuse", "ramfs")
 _RAM_KINDS: Final[tuple[RamKind, ...]] = ("ramfs", "tmpfs")
@@ -70,6 +70,7 @@ class MountOptions:
     allow_other: bool = False
     allow_swap: bool = False
     require_all: bool = False
+    wait: bool = False
     strict: bool = False
     user: str | None = None
     debug: bool = False
@@ -166,6 +167,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         view=_view(options, file),
         ram=_ram_settings(options),
         require_all=options.require_all,
+        wait=options.wait,
         strict=options.strict,
         run_as=_run_as(options.user),
         debug=options.debug,

@@ -24,7 +24,8 @@ from kmsfs.store.volume import OpenedFile, Volume
 from kmsfs.views import fuse_loop, fuse_xattrs
 from kmsfs.views.fuse_pages import KernelPages
 from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
-from kmsfs.views.serving import HeldFile, Progress, Ready, no_progress
+from kmsfs.views.prefetch import Prefetch, open_once
+from kmsfs.views.serving import HeldFile, Progress, Ready
 
 # The largest read that the kernel asks for (FUSE_MAX_MAX_PAGES pages).
 MAX_READ_BYTES: Final = 256 * PAGE_BYTES
@@ -84,7 +85,7 @@ class FuseView(pyfuse3.Operations):
     Args:
         fuse_fd: /dev/fuse of a mount that somebody else made; the view's from now on.
         open_deadline_s: within which every open ends.
-        decrypt_all: decrypt every file once before being ready.
+        prefetch: what is decrypted before anybody opens it.
         allow_unlocked: the reply buffer need not be locked.
     """
 
@@ -97,11 +98,11 @@ class FuseView(pyfuse3.Operations):
         fuse_fd: int,
         *,
         open_deadline_s: float,
-        decrypt_all: bool = False,
+        prefetch: Prefetch,
         allow_unlocked: bool = False,
     ) -> None:
         super().__init__()
-        self._decrypt_all = decrypt_all
+        self._prefetch = prefetch
         self._volume = volume
         self._tree = KnownTree(volume)
         self._events = events
@@ -126,8 +127,9 @@ class FuseView(pyfuse3.Operations):
 
     async def serve(self, ready: Ready, progress: Progress) -> None:
         """Serve until the mount is gone or `stop` is called."""
-        await ready(await self._decrypt_every_file(progress) if self._decrypt_all else {})
+        await ready(await self._prefetch.before_ready(progress))
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._prefetch.in_background)
             nursery.start_soon(self._pages.drop_of_wiped)
             await fuse_loop.serve()
             nursery.cancel_scope.cancel()
@@ -150,7 +152,7 @@ class FuseView(pyfuse3.Operations):
             return {}
         paths = self._volume.versions.below(place)
         with self._volume.versions.accepting_older(paths):
-            failed = await self._open_once(paths)
+            failed = await open_once(self._volume, paths)
         # One that was removed since is nobody's loss.
         return {p: error for p, error in failed.items() if not isinstance(error, SourceMissing)}
 
@@ -170,27 +172,6 @@ class FuseView(pyfuse3.Operations):
         """Wipe the reply buffer and close /dev/fuse."""
         self._wipe_reply_buffer()
         fuse_loop.close()
-
-    async def _decrypt_every_file(self, progress: Progress) -> dict[str, KmsfsError]:
-        survey = await self._volume.survey()
-        return await self._open_once([file.path for file in survey.files], progress)
-
-    async def _open_once(
-        self, paths: Sequence[str], progress: Progress = no_progress
-    ) -> dict[str, KmsfsError]:
-        failed: dict[str, KmsfsError] = {}
-        done = itertools.count(1)
-
-        async def take(_opened: OpenedFile) -> None:
-            return
-
-        def ended(path: str, error: KmsfsError | None) -> None:
-            if error is not None:
-                failed[path] = error
-            progress(next(done), len(paths))
-
-        await self._volume.open_each(paths, take=take, ended=ended)
-        return failed
 
     def _wipe_reply_buffer(self) -> None:
         """Overwrite what the last reply left in the reply buffer."""

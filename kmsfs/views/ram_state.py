@@ -50,6 +50,7 @@ def _digest(config: MountConfig) -> str:
         config,
         view_reason="",
         require_all=False,
+        wait=False,
         strict=False,
         debug=False,
         once=False,

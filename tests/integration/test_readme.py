@@ -330,7 +330,8 @@ def test_defaults_in_kmsfs_toml_are_the_defaults(tmp_path: Path) -> None:
 
     file = config.load_volume_file(path, uid=os.geteuid(), overlay_dir=tmp_path / "none")
 
-    assert file.cache == config.CacheTable(ttl_s=DEFAULT_TTL_S["fuse"])
+    # What is prefetched is an example; the default is nothing.
+    assert file.cache == config.CacheTable(ttl_s=DEFAULT_TTL_S["fuse"], prefetch=("*.pem",))
     assert f"The default of `ttl_s` is {file.cache.ttl_s:.0f} in the FUSE view" in readme.TEXT
     assert f"and {DEFAULT_TTL_S['ramfs']:.0f}, never, in the ramfs view." in readme.TEXT
     assert file.volume.view == config.VolumeTable().view
