@@ -6,9 +6,11 @@ descriptors meant for it.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import BinaryIO, Final, NoReturn
@@ -25,6 +27,8 @@ from kmsfs.settings import MountConfig
 __all__ = ["Told", "launch", "take_away_ram"]
 
 _Said = Told | wire.DaemonReady | wire.DaemonFailed
+
+log = logging.getLogger(__name__)
 
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -135,6 +139,14 @@ def _be_background_launcher(make_config: Callable[[], MountConfig], pipe_fd: int
             _say(pipe_fd, wire.DaemonReady())
             os.close(pipe_fd)
             status = launcher.run()
+    except Exception as error:  # noqa: BLE001 - there is nobody above who could tell of it
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        log.error(  # noqa: TRY400 - the class and the place alone: a text may hold anything
+            "a bug in kmsfs: %s at %s:%s",
+            type(error).__name__,
+            os.path.basename(place.filename),
+            place.lineno,
+        )
     finally:
         os._exit(status)
 

@@ -100,6 +100,8 @@ class Launcher:
 
     def run(self) -> int:
         """Watch over the mount until it is gone; returns the exit status."""
+        # Whoever waited for the mount to be ready has their answer; what comes later is logged.
+        self._tell = lambda _: None
         try:
             return self._watch()
         finally:

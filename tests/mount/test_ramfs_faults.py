@@ -169,6 +169,9 @@ def test_a_killed_daemon_is_replaced_and_no_reader_misses_a_file(strict_site: St
     site.kms.forget_calls()
     old_pid = volume.status()["daemon_pid"]
     os.kill(old_pid, signal.SIGKILL)
+    # So that the next one has something to decrypt before it is ready.
+    first = site.secret("first", 100)
+    site.encrypt("first", first)
 
     def is_replaced() -> bool:
         assert (volume.path / "key").read_bytes() == content
@@ -176,13 +179,15 @@ def test_a_killed_daemon_is_replaced_and_no_reader_misses_a_file(strict_site: St
         return pids != [] and old_pid not in pids
 
     wait_until(is_replaced, "another daemon is there")
+    wait_until((volume.path / "first").exists, "it is in step")
+    assert (volume.path / "first").read_bytes() == first
     later = site.secret("later", 100)
     site.encrypt("later", later)
     wait_until((volume.path / "later").exists, "it follows the source again")
     assert (volume.path / "later").read_bytes() == later
     assert volume.mount is not None
     assert volume.mount.device == device
-    assert len(site.kms.calls("Decrypt")) == 1
+    assert len(site.kms.calls("Decrypt")) == 2
 
 
 def test_mounting_over_a_live_one_is_refused(site: Site) -> None:
