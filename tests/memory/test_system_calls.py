@@ -77,7 +77,9 @@ def created_files(trace: Path) -> list[str]:
         if "O_CREAT" in line or "O_TMPFILE" in line:
             path = re.search(r'"([^"]*)"', line)
             assert path is not None, line
-            if "/..20" not in line and "__pycache__" not in line:
+            # An empty file in the control sockets' directory keeps two mounts apart.
+            is_lock = path[1].endswith(".lock")
+            if "/..20" not in line and "__pycache__" not in line and not is_lock:
                 created.append(path[1])
     return created
 
@@ -160,9 +162,10 @@ def test_after_twenty_thousand_reads_with_expiry_everything_is_back_where_it_beg
     pid = volume.status()["daemon_pid"]
     for number, content in enumerate(contents):
         assert (volume.path / f"file-{number}").read_bytes() == content
+    # Locked, it has neither zygote nor workers, whose descriptors come and go.
     volume.kmsfs("lock", volume.path)
-    volume.kmsfs("unlock", volume.path)
     before = resources_of(pid)
+    volume.kmsfs("unlock", volume.path)
     for count in range(20_000):
         number = count % len(contents)
         fd = os.open(volume.path / f"file-{number}", os.O_RDONLY)
@@ -171,7 +174,6 @@ def test_after_twenty_thousand_reads_with_expiry_everything_is_back_where_it_beg
         finally:
             os.close(fd)
     volume.kmsfs("lock", volume.path)
-    volume.kmsfs("unlock", volume.path)
     wait_until(lambda: resources_of(pid)[:2] == before[:2], "descriptors and locked memory")
     # Threads and the allocator may take some; one mapping a read would be thousands.
     assert resources_of(pid)[2] <= before[2] + 50

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kmsfs.formats.binding import Place
 from kmsfs.keys.service import DataKey
-from kmsfs.manage.encrypt import encrypt_bound, next_version
+from kmsfs.manage.encrypt import encrypt_bound
 from tests.support.canary import secret
 from tests.support.mounts import MountedVolume, Mounter, strerror_of_cat
 from tests.support.strict_keys import KmsKey
@@ -44,6 +44,7 @@ class Site:
 
     Attributes:
         client: of KMS, in this process; encrypting with it costs less than a command.
+        versions: how often each name was encrypted, which is its version: 1 at first.
     """
 
     directory: Path
@@ -51,6 +52,7 @@ class Site:
     key_arn: str
     client: Any
     mounter: Mounter
+    versions: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     @property
     def source(self) -> Path:
@@ -93,7 +95,7 @@ class Site:
         message = encrypt_bound(
             plaintext,
             Place(VOLUME, name),
-            next_version(output),
+            self._next_version(name),
             key_id=key_arn or self.key_arn,
             encryption_context={},
             keys=ClientKeys(self.client),
@@ -102,6 +104,10 @@ class Site:
         beside.write_bytes(message.ciphertext)
         beside.rename(output)
         return output
+
+    def _next_version(self, name: str) -> int:
+        self.versions[name] = self.versions.get(name, 0) + 1
+        return self.versions[name]
 
     def blob(self, plaintext: bytes, *, key_arn: str = "", **context: str) -> bytes:
         """A bare blob, as KMS gives it."""
