@@ -12,7 +12,7 @@ from typing import Final
 
 from kmsfs.decryptor import wire
 from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
-from kmsfs.launcher import children, guarantees, mount_lock
+from kmsfs.launcher import children, mount_lock
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket
 from kmsfs.launcher.hooks import Hooks
@@ -88,6 +88,9 @@ class Launcher:
             self._hooks = Hooks(config.on_change, config.mountpoint, self._report_hook)
             self._mount_and_serve()
             if self._config.strict and self._opened is not None:
+                # Imported where it is asked for: all mounts have to start fast.
+                from kmsfs.launcher import guarantees
+
                 guarantees.require_all(self._opened.mount, self._tell)
         except BaseException:
             self._end_all()
