@@ -145,7 +145,7 @@ def umount(mountpoint: str) -> None:
     """
     from kmsfs.admin import control
     from kmsfs.cli.mounts import find
-    from kmsfs.launcher import take_away_ram
+    from kmsfs.launcher.mounting import take_away_ram
     from kmsfs.views import mountpoint as mounts
 
     found = find(mountpoint)

@@ -10,8 +10,6 @@ from kmsfs.errors import ExitCode, from_code
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from kmsfs.launcher import Told
-
 
 class MountReport:
     """Says what it is told on standard error; the bar shows on a terminal only."""
@@ -31,7 +29,7 @@ class MountReport:
         """What the command ends with, if it mounted."""
         return ExitCode.SOME_FAILED if self._missing else ExitCode.DONE
 
-    def tell(self, told: "Told") -> None:
+    def tell(self, told: wire.Told) -> None:
         """Say it."""
         match told:
             case wire.ViewChosen():

@@ -266,6 +266,9 @@ Message = (
     | HookReport
 )
 
+Told = ViewChosen | Filling | FileMissing | PromiseWeak
+"""What whoever asked for a mount may want to know before it is ready."""
+
 _MUST_CARRY: Final = (SpawnWorker, WorkerSpawned, Decrypt, HandOver, NewZygote, SourceOpened)
 _MAY_CARRY: Final = (Decrypted,)
 

@@ -20,13 +20,12 @@ import msgspec
 from kmsfs.admin import eventlog
 from kmsfs.decryptor import wire
 from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
-from kmsfs.launcher.mounting import Told, take_away_ram
 from kmsfs.launcher.supervisor import Launcher
 from kmsfs.settings import MountConfig
 
-__all__ = ["Told", "launch", "take_away_ram"]
+__all__ = ["launch"]
 
-_Said = Told | wire.DaemonReady | wire.DaemonFailed
+_Said = wire.Told | wire.DaemonReady | wire.DaemonFailed
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch(
-    make_config: Callable[[], MountConfig], *, foreground: bool, tell: Callable[[Told], None]
+    make_config: Callable[[], MountConfig], *, foreground: bool, tell: Callable[[wire.Told], None]
 ) -> int:
     """Mount and serve.
 
@@ -86,7 +85,7 @@ def launch(
 
 
 def _last_word(
-    pipe: BinaryIO, tell: Callable[[Told], None]
+    pipe: BinaryIO, tell: Callable[[wire.Told], None]
 ) -> wire.DaemonReady | wire.DaemonFailed | None:
     """Whether it is mounted, or why not; None if the launcher ended without saying."""
     for line in pipe:

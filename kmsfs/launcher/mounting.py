@@ -19,9 +19,6 @@ from kmsfs.views.serving import HeldFile
 
 log = logging.getLogger(__name__)
 
-Told = wire.ViewChosen | wire.Filling | wire.FileMissing | wire.PromiseWeak
-"""What whoever asked for a mount may want to know before it is ready."""
-
 
 @dataclass(frozen=True, slots=True)
 class OpenedMount:
@@ -41,7 +38,7 @@ class OpenedMount:
     fresh: bool
 
 
-def open_mount(config: MountConfig, tell: Callable[[Told], None]) -> OpenedMount:
+def open_mount(config: MountConfig, tell: Callable[[wire.Told], None]) -> OpenedMount:
     """Mount in the view that is configured, or in the one that `auto` comes to.
 
     Raises:

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kmsfs.decryptor import wire
 from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
@@ -16,12 +16,14 @@ from kmsfs.launcher import children, mount_lock
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket
 from kmsfs.launcher.hooks import Hooks
-from kmsfs.launcher.mounting import OpenedMount, Told, open_mount, unmount_ours
-from kmsfs.launcher.opener import SourceOpener
 from kmsfs.launcher.zygote import Zygote
 from kmsfs.memory import process
 from kmsfs.settings import MountConfig
 from kmsfs.views import mountpoint as mounts
+
+if TYPE_CHECKING:
+    from kmsfs.launcher.mounting import OpenedMount
+    from kmsfs.launcher.opener import SourceOpener
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Launcher:
         self,
         make_config: Callable[[], MountConfig],
         *,
-        tell: Callable[[Told], None],
+        tell: Callable[[wire.Told], None],
         log_target: str,
     ) -> None:
         self._make_config = make_config
@@ -171,6 +173,9 @@ class Launcher:
         assert self._daemon is not None
         assert self._lifeline is not None
         self._raise_memlock_limit(self._daemon)
+        # Imported while the daemon starts: nothing may hold that up.
+        from kmsfs.launcher.mounting import open_mount
+
         opened = open_mount(self._config, self._tell)
         # Kept open here, readers would hang instead of getting ENOTCONN when the daemon dies.
         with children.closing(opened.fd):
@@ -182,6 +187,8 @@ class Launcher:
             with children.memory_file(self._config) as config_fd:
                 self._hand_over("config", config_fd)
             if self._config.run_as is not None:
+                from kmsfs.launcher.opener import SourceOpener
+
                 self._opener = SourceOpener(self._config.source)
                 self._hand_over("opener", self._opener.daemon_end.fileno())
                 self._opener.daemon_end.close()
@@ -361,6 +368,8 @@ class Launcher:
     def _unmount(self) -> None:
         """Unmount our own mount; lazily where somebody uses it."""
         if self._opened is not None:
+            from kmsfs.launcher.mounting import unmount_ours
+
             unmount_ours(self._opened)
 
     def _end_all(self) -> None:
