@@ -13,7 +13,6 @@ import trio
 
 from kmsfs.errors import KmsfsError, MountFailed
 from kmsfs.events import EventSink, NotShown, Published, PublishHeldBack
-from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import MountConfig
 from kmsfs.store import watch
 from kmsfs.store.history import boot_clock_s
@@ -42,10 +41,6 @@ _MAX_ATTEMPTS: Final = 5
 
 # Before what is overdue is tried again.
 _OVERDUE_PAUSE_S: Final = 1.0
-
-
-def _memory_of(files: dict[str, RamFile]) -> int:
-    return sum(round_to_pages(file.size_bytes) for file in files.values())
 
 
 class RamView:
@@ -84,7 +79,6 @@ class RamView:
         self._busy = trio.Lock()
         self._wake = trio.Event()
         self._stopped = trio.Event()
-        self._refreshed = trio.Event()
         # Moments on trio's clock.
         self._refresh_at = self._retire_at = self._wipe_at = math.inf
         self._wipe_retry_s = _FIRST_WIPE_RETRY_S
@@ -97,7 +91,7 @@ class RamView:
     @property
     def size_bytes(self) -> int:
         """What the files shown take of memory."""
-        return _memory_of(self.shown)
+        return ram_plan.memory_of(self.shown)
 
     @property
     def is_swappable(self) -> bool:
@@ -115,6 +109,7 @@ class RamView:
             await self.empty()
             raise
         if self._config.once:
+            await self._wipe_older()
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_in_step)
@@ -130,10 +125,8 @@ class RamView:
 
         Cancellation: it is filled all the same.
         """
-        refreshed = self._refreshed
         self._source_changed()
-        await refreshed.wait()
-        return self.missing
+        return await self.refresh()
 
     async def reread(self, place: str, *, accept_older: bool) -> dict[str, KmsfsError]:
         """See `View.reread`: everything there is decrypted now."""
@@ -280,8 +273,6 @@ class RamView:
                 await self.refresh()
             except KmsfsError as error:
                 self._note_problem(error.detail)
-            self._refreshed.set()
-            self._refreshed = trio.Event()
             due_s = ram_plan.next_due_s(self.shown, self._troubles, self._config.cache)
             pause_s = due_s - boot_clock_s()
             if pause_s <= 0:
@@ -337,7 +328,7 @@ class RamView:
         self._events.emit(
             Published(
                 files=len(following.files),
-                size_bytes=_memory_of(following.files),
+                size_bytes=ram_plan.memory_of(following.files),
                 added=len(following.files.keys() - was.keys()),
                 changed=len(following.fresh & was.keys()),
                 removed=len(was.keys() - following.files.keys()),
@@ -378,6 +369,14 @@ class RamView:
         await trio.sleep(OPENING_S)
         await self._wipe_old()
         return self.held
+
+    async def _wipe_older(self) -> None:
+        """Take away the set that was taken over, with nobody staying to do it later."""
+        if self._tree.has_older():
+            await trio.sleep(_LINGER_S)
+            await trio.to_thread.run_sync(self._tree.retire)
+            await trio.sleep(OPENING_S)
+            await self._wipe_old()
 
     def _wipe_soon(self) -> None:
         self._wipe_at = trio.current_time() + OPENING_S

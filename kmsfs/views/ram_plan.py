@@ -48,6 +48,11 @@ class RamFile(msgspec.Struct, frozen=True, kw_only=True):
         return (self.source_path, self.version) == (file.source_path, file.version)
 
 
+def memory_of(files: Mapping[str, RamFile]) -> int:
+    """What files take of a ramfs: whole pages, in bytes."""
+    return sum(round_to_pages(file.size_bytes) for file in files.values())
+
+
 Outcome = RamFile | KmsfsError
 
 

@@ -215,6 +215,10 @@ class RamTree:
         finally:
             os.close(current_fd)
 
+    def has_older(self) -> bool:
+        """Whether `retire` or `wipe_old` has something to do."""
+        return len(self._generations()) > 1 or _OLD in os.listdir(self._root_fd)
+
     # --- the end of files ----------------------------------------------------------------------
 
     def discard(self, generation: Generation) -> None:

@@ -351,6 +351,20 @@ def test_once_fills_and_leaves_no_process(site: Site) -> None:
     assert os.listdir(volume.path) == []
 
 
+def test_once_over_what_was_left_wipes_the_older_set(site: Site) -> None:
+    site.make_volume()
+    site.encrypt("key", site.secret("old", 3000))
+    volume = site.mount("--once")
+    (before,) = generations_in(volume.path)
+    new = site.secret("new", 3000)
+    site.encrypt("key", new)
+    volume.kmsfs("mount", site.source, volume.path, "--once")
+    assert (volume.path / "key").read_bytes() == new
+    (after,) = generations_in(volume.path)
+    assert after != before
+    assert "..old" not in names_in(volume.path)
+
+
 def test_once_says_which_files_are_missing(site: Site) -> None:
     site.make_volume()
     site.write("bad.encrypted", site.encrypt("good", site.secret("good", 10)).read_bytes())
