@@ -15,8 +15,10 @@ from kmsfs.errors import (
     DeadlineExceeded,
     ExitCode,
     KeyNotAllowed,
+    KmsAnswerInvalid,
     KmsfsError,
     KmsUnreachable,
+    WorkerFailed,
 )
 from kmsfs.events import BreakerClosed, BreakerOpened, EventSink
 
@@ -41,12 +43,20 @@ _WHILE_PROBING_S: Final = 0.1
 
 
 def kms_is_away(error: KmsfsError) -> bool:
-    """Whether KMS gave no answer, as against one that says no: what it said before may stand.
+    """Whether KMS gave no answer, as against one that says no.
 
     Credentials that are missing or refused are among it. To look for them can take as long as
     KMS, and they may be there at the next moment.
     """
     return isinstance(error, KmsUnreachable | CredentialsUnavailable)
+
+
+def is_failure(error: KmsfsError) -> bool:
+    """Whether an error is no verdict on a file or its key: what was decrypted before may stand.
+
+    KMS is away, something in its place answered nonsense, or our own process was lost.
+    """
+    return kms_is_away(error) or isinstance(error, KmsAnswerInvalid | WorkerFailed)
 
 
 def kms_has_refused(error: KmsfsError) -> bool:

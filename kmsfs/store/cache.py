@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from kmsfs.decryptor.breaker import kms_is_away
+from kmsfs.decryptor.breaker import is_failure
 from kmsfs.decryptor.client import Plaintext
 from kmsfs.errors import (
     CiphertextInvalid,
@@ -251,7 +251,7 @@ class PlaintextCache:
         if entry is None or entry.wiped or not entry.current:
             return False
         ends_at = entry.ready_at + self._settings.lifetime_s + self._settings.stale_s
-        return kms_is_away(error) and trio.current_time() < ends_at
+        return is_failure(error) and trio.current_time() < ends_at
 
     async def _fly(self, flight: Flight, deadline: float) -> None:
         file = flight.file

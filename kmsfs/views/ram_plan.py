@@ -2,7 +2,7 @@
 
 A refresh has two decisions. Before KMS is asked, `plan` says which files stay as they are and
 which are asked for. After it, `settle` makes the next set of what came back. A file that changed
-is never mixed with one that could not follow: while KMS is away for any changed file, all that
+is never mixed with one that could not follow: while KMS fails for any changed file, all that
 are shown already keep the version they have, so that a certificate and its key never disagree.
 """
 
@@ -14,8 +14,8 @@ from typing import Final
 
 import msgspec
 
-from kmsfs.decryptor.breaker import kms_is_away
-from kmsfs.errors import CiphertextInvalid, ExitCode, KmsfsError, RamLimitReached
+from kmsfs.decryptor.breaker import is_failure
+from kmsfs.errors import CiphertextInvalid, ExitCode, KmsfsError, RamLimitReached, WorkerFailed
 from kmsfs.memory.mapping import round_to_pages
 from kmsfs.settings import CacheSettings
 from kmsfs.store.ciphertext import FileVersion
@@ -25,7 +25,7 @@ from kmsfs.store.source import SourceFile, Survey
 # A file that fails is asked for again after this, and after twice as long each time.
 _FIRST_RETRY_S: Final = 1.0
 _MAX_RETRY_S: Final = 60.0
-# While KMS is away, no longer than this: it bounds how late its return is noticed, and most
+# While KMS fails, no longer than this: it bounds how late its return is noticed, and most
 # files cost no call then (`decryptor.breaker`).
 _MAX_AWAY_RETRY_S: Final = 2.0
 
@@ -74,7 +74,9 @@ class Trouble:
         if before is not None and before.version == file.version:
             # What was not asked was not refused once more.
             delay_s = before.delay_s * (1 if error.again_in_s is not None else 2)
-        delay_s = min(delay_s, _MAX_AWAY_RETRY_S if kms_is_away(error) else _MAX_RETRY_S)
+        # A lost process may be lost to this file again, each time for a call to KMS.
+        of_kms = is_failure(error) and not isinstance(error, WorkerFailed)
+        delay_s = min(delay_s, _MAX_AWAY_RETRY_S if of_kms else _MAX_RETRY_S)
         # Asking again about the same bytes changes nothing.
         final = error.exit_code is ExitCode.NOT_AUTHENTIC or error.errno == errno.EFBIG
         return Trouble(file.version, error, math.inf if final else now + delay_s, delay_s)
@@ -194,15 +196,15 @@ def settle(
         for path, result in results.items()
         if path in waiting or (path in shown and _differs(shown[path], result, by_path[path]))
     }
-    away = next(
+    failure = next(
         (
             result
             for path, result in results.items()
-            if path in changed and isinstance(result, KmsfsError) and kms_is_away(result)
+            if path in changed and isinstance(result, KmsfsError) and is_failure(result)
         ),
         None,
     )
-    held_back = frozenset(changed) if away is not None else frozenset()
+    held_back = frozenset(changed) if failure is not None else frozenset()
     files = dict(decided.keep)
     fresh: set[str] = set()
     stale: dict[str, KmsfsError] = {}
@@ -210,15 +212,15 @@ def settle(
     for path, result in results.items():
         old = shown.get(path)
         if isinstance(result, RamFile):
-            if away is None or path not in held_back:
+            if failure is None or path not in held_back:
                 files[path] = result
                 if old is None or path in changed:
                     fresh.add(path)
                 continue
-            error: KmsfsError = away
+            error: KmsfsError = failure
         else:
             error = result
-        if old is not None and kms_is_away(error) and now < _last_moment(old, cache):
+        if old is not None and is_failure(error) and now < _last_moment(old, cache):
             files[path] = old
             stale[path] = error
         else:

@@ -14,12 +14,14 @@ from kmsfs.errors import (
     DeadlineExceeded,
     GuaranteeNotMet,
     KeyAccessDenied,
+    KmsAnswerInvalid,
     KmsfsError,
     KmsUnreachable,
     LockedMemoryExhausted,
     TooManyWaiting,
     VolumeLocked,
     WorkerBug,
+    WorkerFailed,
 )
 from kmsfs.events import Decrypted, DecryptFailed, Wiped
 from kmsfs.formats.detect import Format
@@ -241,9 +243,18 @@ async def test_a_refusal_ends_what_was_decrypted_before(site: Open, mock_clock: 
             assert s.arena.slots == 0
 
 
-@pytest.mark.parametrize("error", [KmsUnreachable("away"), CredentialsUnavailable("none")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KmsUnreachable("away"),
+        CredentialsUnavailable("none"),
+        KmsAnswerInvalid("a captive portal"),
+        WorkerFailed("lost"),
+    ],
+    ids=lambda error: error.code,
+)
 @pytest.mark.trio
-async def test_while_kms_is_away_a_stale_plaintext_serves_for_as_long_as_allowed(
+async def test_without_a_verdict_of_kms_a_stale_plaintext_serves_for_as_long_as_allowed(
     site: Open, mock_clock: Clock, error: KmsfsError
 ) -> None:
     async with site(ttl_s=10, idle_s=1000, stale_s=5) as s:

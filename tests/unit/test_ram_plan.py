@@ -11,9 +11,11 @@ from kmsfs.errors import (
     CredentialsUnavailable,
     FileTooLarge,
     KeyAccessDenied,
+    KmsAnswerInvalid,
     KmsfsError,
     KmsUnreachable,
     RamLimitReached,
+    WorkerFailed,
 )
 from kmsfs.formats.detect import Format
 from kmsfs.memory.mapping import round_to_pages
@@ -131,10 +133,20 @@ def test_while_kms_is_away_a_file_is_asked_for_every_few_seconds() -> None:
     not_asked.again_in_s = 0.5
     trouble: Trouble | None = None
     delays = []
-    for error in (not_asked, not_asked, AWAY, not_asked, AWAY, AWAY, DENIED, not_asked):
+    nonsense = KmsAnswerInvalid("a captive portal")
+    for error in (not_asked, not_asked, AWAY, not_asked, AWAY, nonsense, DENIED, not_asked):
         trouble = Trouble.after(trouble, file, error, NOW)
         delays.append(trouble.delay_s)
     assert delays == [1, 1, 2, 2, 2, 2, 4, 2]
+
+
+def test_a_file_that_its_workers_are_lost_to_is_asked_for_less_and_less_often() -> None:
+    trouble: Trouble | None = None
+    delays = []
+    for _ in range(8):
+        trouble = Trouble.after(trouble, source_file("a"), WorkerFailed("lost"), NOW)
+        delays.append(trouble.delay_s)
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 @pytest.mark.parametrize("error", [CiphertextInvalid("bad"), FileTooLarge("large")])
@@ -166,9 +178,18 @@ def test_a_refused_file_goes_and_the_others_stay() -> None:
     assert (following.failed, following.stale) == ({"a": DENIED}, {})
 
 
-@pytest.mark.parametrize("error", [AWAY, CredentialsUnavailable("expired")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        AWAY,
+        CredentialsUnavailable("expired"),
+        KmsAnswerInvalid("a captive portal"),
+        WorkerFailed("lost"),
+    ],
+    ids=lambda error: error.code,
+)
 @pytest.mark.parametrize(("age_s", "kept"), [(100, True), (149, True), (150, False), (200, False)])
-def test_without_kms_an_expired_file_stays_for_the_stale_time(
+def test_without_a_verdict_of_kms_an_expired_file_stays_for_the_stale_time(
     error: KmsfsError, age_s: float, kept: bool
 ) -> None:
     shown = {"a": ram_file("a", at=NOW - age_s)}
