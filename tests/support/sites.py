@@ -90,8 +90,11 @@ class Site:
 
     def encrypt(self, name: str, plaintext: bytes, *, key_arn: str = "") -> Path:
         """Put a message, bound to its place in the volume, into NAME.encrypted by rename."""
-        output = self.source / (name + ".encrypted")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        ciphertext = self.seal(name, plaintext, key_arn=key_arn)
+        return self.replace(f"{name}.encrypted", ciphertext)
+
+    def seal(self, name: str, plaintext: bytes, *, key_arn: str = "") -> bytes:
+        """The next version of a message that is bound to its place in the volume."""
         message = encrypt_bound(
             plaintext,
             Place(VOLUME, name),
@@ -100,8 +103,14 @@ class Site:
             encryption_context={},
             keys=ClientKeys(self.client),
         )
+        return message.ciphertext
+
+    def replace(self, name: str, content: bytes) -> Path:
+        """Put bytes into the source by rename."""
+        output = self.source / name
+        output.parent.mkdir(parents=True, exist_ok=True)
         beside = output.with_suffix(".new")
-        beside.write_bytes(message.ciphertext)
+        beside.write_bytes(content)
         beside.rename(output)
         return output
 
