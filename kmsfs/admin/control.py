@@ -12,7 +12,8 @@ from typing import Final
 import msgspec
 
 from kmsfs.admin.status import FileReport, HeldPlaintext, MountStatus, NamedProblem
-from kmsfs.errors import ControlUnavailable, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ControlUnavailable
 
 # A request may name a path, of 4096 bytes at most, each of which JSON may write as six.
 MAX_REQUEST_BYTES: Final = 32 << 10

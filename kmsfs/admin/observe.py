@@ -15,7 +15,8 @@ from kmsfs.admin.status import (
     named_problems,
 )
 from kmsfs.decryptor.client import DecryptorClient
-from kmsfs.errors import KmsfsError, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import KmsfsError
 from kmsfs.memory.process import ProcessReport, report
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Self
 
 from kmsfs.cli import messages
 from kmsfs.decryptor import wire
-from kmsfs.errors import ExitCode, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ExitCode
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -8,7 +8,8 @@ import click
 
 from kmsfs.cli import messages
 from kmsfs.cli.options import json_option
-from kmsfs.errors import ExitCode, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ExitCode
 
 if TYPE_CHECKING:
     from kmsfs.admin.status import FileReport

@@ -13,7 +13,8 @@ from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.breaker import Breakers
 from kmsfs.decryptor.pool import WorkerLostError, WorkerPool
 from kmsfs.decryptor.rules import DecryptRules
-from kmsfs.errors import CredentialsUnavailable, DeadlineExceeded, WorkerFailed, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import CredentialsUnavailable, DeadlineExceeded, WorkerFailed
 from kmsfs.events import ConfinementWeak, EventSink, WorkerEnded
 from kmsfs.kms_call import KmsCall
 from kmsfs.memory.arena import Arena, Slot

@@ -31,7 +31,8 @@ from botocore.httpsession import ProxyConfiguration
 from botocore.loaders import Loader
 from botocore.session import Session
 
-from kmsfs.errors import ConfigInvalid, CredentialsUnavailable, KmsfsError, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ConfigInvalid, CredentialsUnavailable, KmsfsError
 from kmsfs.keys import aws_errors, deadline
 from kmsfs.keys.credentials import (
     STATIC_SOURCES,

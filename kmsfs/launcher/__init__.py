@@ -19,7 +19,8 @@ import msgspec
 
 from kmsfs.admin import eventlog
 from kmsfs.decryptor import wire
-from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ExitCode, KmsfsError, MountFailed
 from kmsfs.launcher.supervisor import Launcher
 from kmsfs.settings import MountConfig
 

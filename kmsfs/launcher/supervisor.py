@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from kmsfs.decryptor import wire
-from kmsfs.errors import ExitCode, KmsfsError, MountFailed, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ExitCode, KmsfsError, MountFailed
 from kmsfs.launcher import children, mount_lock
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket

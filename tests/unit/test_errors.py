@@ -5,7 +5,8 @@ import errno
 import pytest
 
 from kmsfs import errors
-from kmsfs.errors import ExitCode, KmsfsError, WorkerBug, from_code
+from kmsfs.error_codes import from_code
+from kmsfs.errors import ExitCode, KmsfsError, WorkerBug
 
 LEAVES = sorted(errors._leaves(KmsfsError).items())
 

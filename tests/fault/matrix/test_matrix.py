@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kmsfs.errors import from_code
+from kmsfs.error_codes import from_code
 from tests.fault.matrix.fault import Fault, Shown, Spared
 from tests.fault.matrix.faults import GROUPS
 from tests.fault.matrix.stage import DEADLINE_S, Scene, Stage, open_and_read, scene_on, set_up
