@@ -41,6 +41,7 @@ _SYSTEM_ONLY: Final = (
     ("kms", "profile"),
     ("kms", "role_arn"),
     ("on_change", None),
+    ("audit", None),
 )
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -106,6 +107,13 @@ class OnChangeTable(_Table, frozen=True):
     unit: str | None = None
 
 
+class AuditTable(_Table, frozen=True):
+    """`[audit]`: the file that records who opened what, and whether opens need it."""
+
+    file: str
+    required: bool = False
+
+
 class VolumeFile(_Table, frozen=True):
     """A whole kmsfs.toml."""
 
@@ -114,6 +122,7 @@ class VolumeFile(_Table, frozen=True):
     cache: CacheTable = CacheTable()
     rule: tuple[RuleTable, ...] = ()
     on_change: tuple[OnChangeTable, ...] = ()
+    audit: AuditTable | None = None
 
 
 def parse_size(value: int | str, key: str) -> int:
@@ -329,6 +338,8 @@ def _convert(raw: dict[str, Any], path: Path) -> VolumeFile:
         raise ConfigInvalid(f"{path} has more than {MAX_HOOKS} tables on_change")
     for hook in found.on_change:
         on_change_settings(hook)
+    if found.audit is not None and not os.path.isabs(found.audit.file):
+        raise ConfigInvalid(f"{path}: audit.file is not an absolute path")
     return found
 
 

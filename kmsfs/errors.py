@@ -320,6 +320,14 @@ class GuaranteeNotMet(KmsfsError):
     exit_code = ExitCode.GUARANTEE_NOT_MET
 
 
+class AuditFailed(KmsfsError):
+    """Every open has to be recorded, and this one cannot be."""
+
+    errno = errno.EIO
+    exit_code = ExitCode.GUARANTEE_NOT_MET
+    hint = "make the file under [audit] writable, or set required = false there"
+
+
 class WorkerFailed(KmsfsError):
     """A decrypting process died or answered nonsense, twice."""
 

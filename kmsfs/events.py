@@ -31,13 +31,20 @@ class DecryptFailed:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A program opened a file; emitted before it has the descriptor."""
+    """A program opened a file; emitted before it has the descriptor.
+
+    Attributes:
+        stale: served past its time, since KMS could not be asked again.
+        age_s: how long ago the plaintext was decrypted.
+    """
 
     path: str
     uid: int
     gid: int
     pid: int
     from_cache: bool
+    stale: bool = False
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

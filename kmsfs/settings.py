@@ -101,6 +101,17 @@ class OnChange(_Record, frozen=True):
     argv: tuple[str, ...]
 
 
+class AuditSettings(_Record, frozen=True):
+    """Where it is recorded who opened what.
+
+    Attributes:
+        required: refuse an open that cannot be recorded.
+    """
+
+    file: str
+    required: bool = False
+
+
 class MountConfig(_Record, frozen=True):
     """Everything one mount needs; resolved, complete, without secrets.
 
@@ -118,6 +129,7 @@ class MountConfig(_Record, frozen=True):
         debug: log more.
         once: fill the ramfs and leave it, with no process behind.
         on_change: what the launcher runs when served files change.
+        audit: None where nothing is recorded.
         restart: replace a daemon that died.
     """
 
@@ -143,6 +155,7 @@ class MountConfig(_Record, frozen=True):
     debug: bool = False
     once: bool = False
     on_change: tuple[OnChange, ...] = ()
+    audit: AuditSettings | None = None
     restart: bool = True
 
     def served_as(self, view: Literal["fuse", "ramfs"], reason: str = "") -> "MountConfig":

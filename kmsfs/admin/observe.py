@@ -174,6 +174,8 @@ def _weaknesses(
         weaknesses.append("the tmpfs can be swapped out: a ramfs cannot")
     if ram is not None and ram.problem:
         weaknesses.append(f"the files are not kept in step with the source: {ram.problem}")
+    if config.audit is not None and ram is not None:
+        weaknesses.append("who opens a file of a ramfs is not recorded")
     if config.rollback == "allow":
         weaknesses.append('older versions of a file may replace newer ones (rollback = "allow")')
     if config.kms.any_key:

@@ -89,6 +89,19 @@ class HookStatus(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
+class AuditStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it is recorded who opened what.
+
+    Attributes:
+        required: whether an open that cannot be recorded is refused.
+        problem: why the last record was not written; empty if it was.
+    """
+
+    file: str
+    required: bool
+    problem: str
+
+
 class UnattendedStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A ramfs that was filled and left: by `--once`, or by a process that was killed."""
 
@@ -186,3 +199,4 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     ram: RamStatus | None = None
     hooks: tuple[HookStatus, ...] = ()
     away: tuple[AwayKey, ...] = ()
+    audit: AuditStatus | None = None

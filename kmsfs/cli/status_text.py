@@ -71,6 +71,11 @@ def _mount(record: MountStatus) -> str:
         lines.append(f"    {_times('run', hook.runs)}, {_times('failed', hook.failures)}")
         if hook.problem:
             lines.append(f"    the last time: {hook.problem}")
+    if record.audit is not None:
+        needed = ", required" if record.audit.required else ""
+        lines.append(f"  audit    {record.audit.file}{needed}")
+        if record.audit.problem:
+            lines.append(f"    cannot be written: {record.audit.problem}")
     memory = ", ".join(record.plaintext_in) or ("none held" if record.ram is None else "ramfs")
     lines.append(f"  memory   {memory}")
     credentials = record.credential_source or "not looked for yet"

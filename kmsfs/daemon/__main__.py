@@ -79,7 +79,14 @@ def _receive_handed(launcher: socket.socket) -> Handed:
     with open(fds["config"], "rb") as file:
         config = msgspec.json.decode(file.read(), type=MountConfig)
     opener = RemoteOpener(socket.socket(fileno=fds["opener"])) if "opener" in fds else None
-    return Handed(config, socket.socket(fileno=fds["control"]), opener, fds["mount"], os.getuid())
+    return Handed(
+        config,
+        listener=socket.socket(fileno=fds["control"]),
+        opener=opener,
+        audit=socket.socket(fileno=fds["audit"]) if "audit" in fds else None,
+        mount_fd=fds["mount"],
+        mounting_uid=os.getuid(),
+    )
 
 
 async def _run(handed: Handed, launcher: socket.socket, walls: SandboxReport) -> None:

@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from kmsfs.admin import control, control_server, eventlog, observe
+from kmsfs.admin.audit import Audit
 from kmsfs.admin.status import named_problems
 from kmsfs.daemon import answers
 from kmsfs.daemon.hooks import Forget, HookWatch
@@ -44,6 +45,7 @@ class Handed:
 
     Attributes:
         opener: for a daemon that runs as an unprivileged user.
+        audit: to the launcher, for a mount whose configuration has one.
         mount_fd: /dev/fuse, or the root of the ramfs.
         mounting_uid: who may command the mount, besides root.
     """
@@ -51,6 +53,7 @@ class Handed:
     config: MountConfig
     listener: socket.socket
     opener: RemoteOpener | None
+    audit: socket.socket | None
     mount_fd: int
     mounting_uid: int
 
@@ -106,6 +109,10 @@ class Daemon:
             self._events,
         )
         self._events.sinks = [eventlog.LogSink()]
+        self._audit: Audit | None = None
+        if config.audit is not None and handed.audit is not None:
+            self._audit = Audit(config.audit, handed.audit)
+            self._events.sinks.append(self._audit)
         if sandbox.gaps:
             self._events.emit(ConfinementWeak("the daemon", sandbox.gaps))
         self._view, forget = self._make_view(handed.mount_fd)
@@ -124,6 +131,7 @@ class Daemon:
             mount_fd,
             open_deadline_s=self._config.kms.deadline_s,
             prefetch=Prefetch(self._config, self._volume),
+            audit=self._audit,
             allow_unlocked=self._config.cache.allow_unlocked,
         )
         self._events.sinks.append(view)
@@ -146,6 +154,8 @@ class Daemon:
                 nursery.start_soon(self._listen_to_launcher)
                 nursery.start_soon(self._obey_signals)
                 nursery.start_soon(self._hooks.run)
+                if self._audit is not None:
+                    nursery.start_soon(self._audit.run)
                 try:
                     await self._view.serve(self._say_ready, self._say_progress)
                 except KmsfsError as error:
@@ -187,7 +197,8 @@ class Daemon:
                 status = await observe.gather(
                     self._config, self._volume, self._client, self._sandbox, ram
                 )
-                status = msgspec.structs.replace(status, hooks=self._hooks.status)
+                audit = None if self._audit is None else self._audit.status
+                status = msgspec.structs.replace(status, hooks=self._hooks.status, audit=audit)
                 return control.StatusAnswer(status=status)
             case control.LockRequest():
                 return await self.lock(uid)

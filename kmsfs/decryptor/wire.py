@@ -124,15 +124,15 @@ class AskAnother(_Message, frozen=True):
     id: int
 
 
-Handed = Literal["config", "control", "opener", "mount"]
+Handed = Literal["config", "control", "opener", "audit", "mount"]
 
 
 class HandOver(_Message, frozen=True):
     """Launcher to daemon, with one of the descriptors that it needs to begin.
 
     `config`: the mount's configuration as JSON; `control`: the listening control socket;
-    `opener`: where a daemon without permission asks for files of the source; `mount`, the last:
-    /dev/fuse, mounted, or the root of the ramfs.
+    `opener`: where a daemon without permission asks for files of the source; `audit`: where it
+    sends what is to be recorded; `mount`, the last: /dev/fuse, mounted, or the root of the ramfs.
     """
 
     item: Handed

@@ -28,6 +28,8 @@ class SourceOpener:
         OSError: the source cannot be opened.
     """
 
+    item: Final[wire.Handed] = "opener"
+
     def __init__(self, root: str) -> None:
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._ours, self.daemon_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -17,6 +17,7 @@ from kmsfs.launcher import children, mount_lock
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket
 from kmsfs.launcher.hooks import Hooks
+from kmsfs.launcher.servant import Servant, servants_of
 from kmsfs.launcher.zygote import Zygote
 from kmsfs.memory import process
 from kmsfs.settings import MountConfig
@@ -24,7 +25,6 @@ from kmsfs.views import mountpoint as mounts
 
 if TYPE_CHECKING:
     from kmsfs.launcher.mounting import OpenedMount
-    from kmsfs.launcher.opener import SourceOpener
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Launcher:
         self._lifeline: socket.socket | None = None
         self._opened: OpenedMount | None = None
         self._control: ControlSocket | None = None
-        self._opener: SourceOpener | None = None
+        self._servants: list[Servant] = []
         self._stopping = False
         self._detached = False
         self._restarts: list[float] = []
@@ -123,8 +123,7 @@ class Launcher:
                     if fd is not None:
                         poll.register(fd, select.POLLIN)
                 ready = {fd for fd, _ in poll.poll(self._hooks.pause_ms())}
-                if self._opener is not None and self._opener.fileno() in ready:
-                    self._answer_opener()
+                self._answer_daemon(ready)
                 if self._signals.fileno() in ready:
                     self._on_signal(self._signals.recv(16))
                 if self._zygote.pidfd in ready:
@@ -187,12 +186,10 @@ class Launcher:
                 self._hand_over("control", listener.fileno())
             with children.memory_file(self._config) as config_fd:
                 self._hand_over("config", config_fd)
-            if self._config.run_as is not None:
-                from kmsfs.launcher.opener import SourceOpener
-
-                self._opener = SourceOpener(self._config.source)
-                self._hand_over("opener", self._opener.daemon_end.fileno())
-                self._opener.daemon_end.close()
+            for servant in servants_of(self._config):
+                self._servants.append(servant)
+                self._hand_over(servant.item, servant.daemon_end.fileno())
+                servant.daemon_end.close()
             self._hand_over("mount", opened.fd)
 
     def _hand_over(self, item: wire.Handed, fd: int) -> None:
@@ -238,9 +235,9 @@ class Launcher:
             raise MountFailed(f"the mount does not answer: {error.strerror}") from error
 
     def _poll(self) -> select.poll:
-        """Waits for a signal, the daemon's word, or its wish for a file."""
+        """Waits for a signal, the daemon's word, or something to do for it."""
         poll = select.poll()
-        for watched in (self._signals, self._lifeline, self._opener):
+        for watched in (self._signals, self._lifeline, *self._servants):
             if watched is not None:
                 poll.register(watched, select.POLLIN)
         return poll
@@ -259,10 +256,10 @@ class Launcher:
                 if _END_SIGNALS & set(self._signals.recv(16)):
                     raise MountFailed("interrupted before the mount was ready")
                 continue
-            if self._opener is not None and (self._opener.fileno(), select.POLLIN) in ready:
-                self._answer_opener()
-                continue
-            return wire.receive(self._lifeline)[0]
+            ready_fds = {fd for fd, _ in ready}
+            self._answer_daemon(ready_fds)
+            if self._lifeline.fileno() in ready_fds:
+                return wire.receive(self._lifeline)[0]
         raise wire.WireError("it says nothing")
 
     # --- watching --------------------------------------------------------------------------------
@@ -288,10 +285,11 @@ class Launcher:
             log.error("the daemon did not end on SIGTERM: killed")
             self._daemon.kill(signal.SIGKILL)
 
-    def _answer_opener(self) -> None:
-        if self._opener is not None and not self._opener.answer():
-            self._opener.close()
-            self._opener = None
+    def _answer_daemon(self, ready_fds: set[int]) -> None:
+        for servant in [one for one in self._servants if one.fileno() in ready_fds]:
+            if not servant.answer():
+                servant.close()
+                self._servants.remove(servant)
 
     def _on_message(self) -> None:
         assert self._lifeline is not None
@@ -389,9 +387,8 @@ class Launcher:
         if self._lifeline is not None:
             self._lifeline.close()
             self._lifeline = None
-        if self._opener is not None:
-            self._opener.close()
-            self._opener = None
+        while self._servants:
+            self._servants.pop().close()
         if self._control is not None:
             self._control.remove()
             self._control = None

@@ -23,6 +23,7 @@ from kmsfs.manage.input import check_utf8
 from kmsfs.manage.keys import KeyOptions, settings_for
 from kmsfs.manage.place import volume_above
 from kmsfs.settings import (
+    AuditSettings,
     CacheSettings,
     MountConfig,
     Ownership,
@@ -174,6 +175,7 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
         once=options.once,
         restart=not options.no_restart,
         on_change=tuple(map(on_change_settings, file.on_change)),
+        audit=_audit(file),
     )
 
 
@@ -219,6 +221,12 @@ def _number(name: str, what: str, look_up: Callable[[], int]) -> int:
         return look_up()
     except (KeyError, ValueError):
         raise ConfigInvalid(f"there is no {what} {name!r} on this machine") from None
+
+
+def _audit(file: VolumeFile) -> AuditSettings | None:
+    if file.audit is None:
+        return None
+    return AuditSettings(file=file.audit.file, required=file.audit.required)
 
 
 def _checked_cache(file: VolumeFile) -> CacheSettings:

@@ -14,7 +14,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from kmsfs.errors import KmsfsError, SourceMissing
+from kmsfs.errors import AuditFailed, KmsfsError, SourceMissing
 from kmsfs.events import Event, EventSink, Opened, OpenRefused
 from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.mapping import LockedMapping
@@ -25,7 +25,7 @@ from kmsfs.views import fuse_loop, fuse_xattrs
 from kmsfs.views.fuse_pages import KernelPages
 from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
 from kmsfs.views.prefetch import Prefetch, open_once
-from kmsfs.views.serving import HeldFile, Progress, Ready
+from kmsfs.views.serving import Auditor, HeldFile, Progress, Ready
 
 # The largest read that the kernel asks for (FUSE_MAX_MAX_PAGES pages).
 MAX_READ_BYTES: Final = 256 * PAGE_BYTES
@@ -86,6 +86,7 @@ class FuseView(pyfuse3.Operations):
         fuse_fd: /dev/fuse of a mount that somebody else made; the view's from now on.
         open_deadline_s: within which every open ends.
         prefetch: what is decrypted before anybody opens it.
+        audit: told of each open before its program has the descriptor; may refuse it.
         allow_unlocked: the reply buffer need not be locked.
     """
 
@@ -99,10 +100,12 @@ class FuseView(pyfuse3.Operations):
         *,
         open_deadline_s: float,
         prefetch: Prefetch,
+        audit: Auditor | None = None,
         allow_unlocked: bool = False,
     ) -> None:
         super().__init__()
         self._prefetch = prefetch
+        self._audit = audit
         self._volume = volume
         self._tree = KnownTree(volume)
         self._events = events
@@ -274,6 +277,8 @@ class FuseView(pyfuse3.Operations):
         who = {"uid": ctx.uid, "gid": ctx.gid, "pid": ctx.pid}
         try:
             opened = await self._volume.open_file(known.path, deadline)
+            event = self._opened(opened, who)
+            await self._recorded(opened, event, deadline)
         except KmsfsError as error:
             self._events.emit(OpenRefused(path=known.path, error=error.code, **who))
             if isinstance(error, SourceMissing):
@@ -287,8 +292,33 @@ class FuseView(pyfuse3.Operations):
         known.opens += 1
         handle = next(self._next_handle)
         self._handles[handle] = _Handle(known, opened)
-        self._events.emit(Opened(path=known.path, from_cache=opened.from_cache, **who))
+        self._events.emit(event)
         return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
+
+    def _opened(self, opened: OpenedFile, who: dict[str, int]) -> Opened:
+        path = opened.file.path
+        success = self._volume.history.success_of(opened.file)
+        return Opened(
+            path=path,
+            from_cache=opened.from_cache,
+            stale=opened.from_cache and self._volume.cache.is_stale(path),
+            age_s=0.0 if success is None else round(success.age_s, 3),
+            **who,
+        )
+
+    async def _recorded(self, opened: OpenedFile, event: Opened, deadline: float) -> None:
+        """Have an open recorded, or its lease closed."""
+        if self._audit is None:
+            return
+        try:
+            with trio.fail_at(deadline):
+                await self._audit.admit(event)
+        except trio.TooSlowError:
+            opened.lease.close()
+            raise AuditFailed("the open was not recorded within its deadline") from None
+        except BaseException:
+            opened.lease.close()
+            raise
 
     # No await between filling the reply buffer and returning: pyfuse3 replies without a
     # checkpoint, so nothing else can touch the buffer meanwhile.

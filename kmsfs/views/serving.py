@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kmsfs.errors import KmsfsError
+from kmsfs.events import Opened
 
 Ready = Callable[[dict[str, KmsfsError]], Awaitable[None]]
 """Awaited once, when programs can read; given the files that they cannot, with why not.
@@ -31,6 +32,17 @@ class HeldFile:
 
     path: str
     old_path: str
+
+
+class Auditor(Protocol):
+    """Records opens."""
+
+    async def admit(self, event: Opened) -> None:
+        """Record an open before the program has its descriptor.
+
+        Raises:
+            AuditFailed: it has to be recorded, and cannot be.
+        """
 
 
 class View(Protocol):

@@ -248,6 +248,7 @@ _HAPPENED: dict[str, tuple[type[KmsfsError], ...]] = {
     "anything else": (
         errors.KmsAnswerInvalid,
         errors.SourceUnreadable,
+        errors.AuditFailed,
         errors.WorkerFailed,
         errors.WorkerBug,
         errors.DaemonBug,
@@ -304,6 +305,8 @@ _SYSTEM_KEYS = {
     ("on_change", "match"),
     ("on_change", "run"),
     ("on_change", "unit"),
+    ("audit", "file"),
+    ("audit", "required"),
 }
 
 # Words that the schema keeps for later.
@@ -350,6 +353,7 @@ def test_every_key_of_kmsfs_toml_is_told() -> None:
         "cache": config.CacheTable,
         "rule": config.RuleTable,
         "on_change": config.OnChangeTable,
+        "audit": config.AuditTable,
     }
     schema = {
         (table, field.name)

@@ -4,32 +4,15 @@ import hashlib
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from kmsfs.settings import OnChange
 from tests.support.mounts import MountedVolume, process_name, processes_of, wait_gone, wait_until
 from tests.support.sites import Site
-
-# Mounts as the command does, with hooks; the system configuration is this machine's own.
-_MOUNT_WITH_HOOKS = """
-import sys
-import msgspec
-from kmsfs.launcher import launch
-from kmsfs.manage.mounting import MountOptions, mount_config
-from kmsfs.settings import OnChange
-
-source, mountpoint, view, hooks = sys.argv[1:]
-def make_config():
-    config = mount_config(source, mountpoint, MountOptions(view=view))
-    hooks_table = msgspec.json.decode(hooks, type=tuple[OnChange, ...])
-    return msgspec.structs.replace(config, on_change=hooks_table)
-sys.exit(launch(make_config, foreground=False, tell=print))
-"""
+from tests.support.system_mounts import mount_with
 
 # The debounce of the watch, the survey after it, and the time in which changes are collected.
 _RUN_S = 10.0
@@ -75,20 +58,7 @@ class Hooked:
 
 
 def mount(site: Site, view: str, *hooks: OnChange) -> MountedVolume:
-    volume = MountedVolume(site.source, site.directory / "mnt", site.env)
-    volume.path.mkdir(exist_ok=True)
-    site.mounter.mounted.append(volume)
-    table = msgspec.json.encode(hooks).decode()
-    arguments = ("-c", _MOUNT_WITH_HOOKS, str(site.source), str(volume.path), view, table)
-    subprocess.run(
-        [sys.executable, *arguments],
-        env=dict(site.env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=60,
-        check=True,
-    )
-    return volume
+    return mount_with(site, view, on_change=hooks)[0]
 
 
 @pytest.fixture
