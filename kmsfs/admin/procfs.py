@@ -1,6 +1,7 @@
 """What the kernel shows of a process and of the machine: read, never assumed."""
 
 import contextlib
+import glob
 import gzip
 import os
 import platform
@@ -92,6 +93,20 @@ def parent_pid(pid: int) -> int | None:
             if line.startswith("PPid:"):
                 return int(line.split()[1])
     return None
+
+
+def is_stuck(pid: int) -> bool:
+    """Whether a process or a descendant of it waits in the kernel, where no signal reaches it."""
+    for directory in glob.glob(f"/proc/{pid}/task/*"):
+        # Either may end meanwhile.
+        with contextlib.suppress(OSError):
+            with open(f"{directory}/stat", errors="replace") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+            with open(f"{directory}/children") as file:
+                children = file.read().split()
+            if state == "D" or any(is_stuck(int(child)) for child in children):
+                return True
+    return False
 
 
 def mappers_of(device: str) -> list[str]:

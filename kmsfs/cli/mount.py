@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from kmsfs.settings import MountConfig
     from kmsfs.views.serving import HeldFile
 
-# Unmounting includes wiping; a daemon that takes longer is reported, not waited for.
+# Unmounting includes wiping; a daemon that takes longer is reported, not waited for. Nor is one
+# that has been killed by now and cannot end.
 _END_S = 20.0
+_KILLED_S = 10.0
 
 
 @click.command()
@@ -191,7 +193,7 @@ def _warn_of_held(held: "list[HeldFile]") -> None:
 
 def _await_end(connection: socket.socket, path: str) -> None:
     """Wait until the launcher, which listens at the other end, has ended."""
-    from kmsfs.admin import control
+    from kmsfs.admin import control, procfs
 
     ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, control.UCRED_BYTES)
     launcher_pid, _ = control.parse_credentials(ucred)
@@ -202,11 +204,16 @@ def _await_end(connection: socket.socket, path: str) -> None:
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        if not poll.poll(_END_S * 1000):
-            raise ControlUnavailable(
-                f"{path} is unmounted, but process {launcher_pid} has not ended",
-                hint="it may be mounted elsewhere too: see /proc/*/mountinfo",
-            )
+        if poll.poll(_KILLED_S * 1000):
+            return
+        hint = "it may be mounted elsewhere too: see /proc/*/mountinfo"
+        if procfs.is_stuck(launcher_pid):
+            hint = "its source does not answer: the kernel keeps who asked it until it does"
+        elif poll.poll((_END_S - _KILLED_S) * 1000):
+            return
+        raise ControlUnavailable(
+            f"{path} is unmounted, but process {launcher_pid} has not ended", hint=hint
+        )
     finally:
         os.close(pidfd)
 
