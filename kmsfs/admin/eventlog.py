@@ -3,6 +3,8 @@
 import logging
 import logging.handlers
 import sys
+import time
+from collections.abc import Callable
 from typing import Final, Literal
 
 from kmsfs.events import (
@@ -21,6 +23,12 @@ from kmsfs.events import (
     Wiped,
     WorkerEnded,
 )
+
+QUIET_S: Final = 10.0
+"""How long the same failure of the same file is not logged again."""
+
+# Files that fail at once, of which is known when they were logged.
+_MAX_REMEMBERED: Final = 1000
 
 Target = Literal["stderr", "syslog"]
 
@@ -68,10 +76,25 @@ class _OneLine(logging.Formatter):
 
 class LogSink:
     """EventSink that writes lines. Served opens show with `show_debug` only: they are audit's
-    matter."""
+    matter. What fails in the same way again and again is a line every `QUIET_S`.
+
+    Args:
+        clock: the present, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # Kind, path and error of a line, with when it was written and how many were not since.
+        self._written: dict[tuple[str, str, str], tuple[float, int]] = {}
 
     def emit(self, event: Event) -> None:
         """Write a line for what an administrator would look for."""
+        more = ""
+        if isinstance(event, DecryptFailed | OpenRefused | NotShown):
+            left_out = self._left_out_before(event)
+            if left_out is None:
+                return
+            more = f" ({left_out} more times since)" if left_out else ""
         match event:
             case Decrypted():
                 log.info(
@@ -83,14 +106,15 @@ class LogSink:
                     event.key_id,
                 )
             case DecryptFailed():
-                log.warning("%s: %s: %s", event.path, event.error, event.detail)
+                log.warning("%s: %s: %s%s", event.path, event.error, event.detail, more)
             case OpenRefused():
                 log.info(
-                    "%s: open by uid %d, pid %d refused: %s",
+                    "%s: open by uid %d, pid %d refused: %s%s",
                     event.path,
                     event.uid,
                     event.pid,
                     event.error,
+                    more,
                 )
             case LockChanged():
                 log.warning("%s by uid %d", "locked" if event.locked else "unlocked", event.by_uid)
@@ -111,7 +135,7 @@ class LogSink:
                     event.failed,
                 )
             case NotShown():
-                log.warning("%s: not shown: %s: %s", event.path, event.error, event.detail)
+                log.warning("%s: not shown: %s: %s%s", event.path, event.error, event.detail, more)
             case PublishHeldBack():
                 log.warning("files stay as they were: %s", event.reason)
             case Opened():
@@ -126,3 +150,16 @@ class LogSink:
                 log.debug("%s: wiped, %d bytes: %s", event.path, event.size_bytes, event.reason)
             case ConfinementWeak():
                 log.warning("%s not fully confined: %s", event.process, "; ".join(event.gaps))
+
+    def _left_out_before(self, event: DecryptFailed | OpenRefused | NotShown) -> int | None:
+        """How many like this one were left out since the last line; None to leave it out too."""
+        key = (type(event).__name__, event.path, event.error)
+        now = self._clock()
+        written_at, left_out = self._written.pop(key, (-QUIET_S, 0))
+        if now - written_at < QUIET_S:
+            self._written[key] = written_at, left_out + 1
+            return None
+        if len(self._written) >= _MAX_REMEMBERED:
+            del self._written[next(iter(self._written))]
+        self._written[key] = now, 0
+        return left_out

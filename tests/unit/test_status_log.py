@@ -99,3 +99,37 @@ def test_a_files_name_cannot_forge_a_line(stderr: io.StringIO) -> None:
     assert stderr.getvalue() == (
         "kmsfs: WARNING: a\\nkmsfs: WARNING: unlocked by uid 0\\x1b[2Jü\\udcff: KeyUnusable: off\n"
     )
+
+
+def test_a_failure_that_goes_on_is_a_line_every_few_seconds(stderr: io.StringIO) -> None:
+    now = 100.0
+    sink = eventlog.LogSink(clock=lambda: now)
+    for _ in range(50):
+        sink.emit(DecryptFailed("a", "KeyUnusable", "off", 1))
+        sink.emit(OpenRefused("a", 5, 6, 7, "KeyUnusable"))
+    sink.emit(DecryptFailed("a", "KmsThrottled", "slow", 1))
+    sink.emit(DecryptFailed("b", "KeyUnusable", "off", 1))
+    now += eventlog.QUIET_S
+    sink.emit(DecryptFailed("a", "KeyUnusable", "off", 1))
+
+    assert [line.partition(": ")[2].partition(": ")[2] for line in lines_of(stderr)] == [
+        "a: KeyUnusable: off",
+        "a: open by uid 5, pid 7 refused: KeyUnusable",
+        "a: KmsThrottled: slow",
+        "b: KeyUnusable: off",
+        "a: KeyUnusable: off (49 more times since)",
+    ]
+
+
+def test_what_is_remembered_of_failures_is_bounded(stderr: io.StringIO) -> None:
+    sink = eventlog.LogSink(clock=lambda: 0.0)
+    for number in range(3000):
+        sink.emit(DecryptFailed(f"file-{number}", "KeyUnusable", "off", 1))
+    for number in (0, 2999):
+        sink.emit(DecryptFailed(f"file-{number}", "KeyUnusable", "off", 1))
+
+    assert len(lines_of(stderr)) == 3001
+
+
+def lines_of(stderr: io.StringIO) -> list[str]:
+    return stderr.getvalue().splitlines()
