@@ -35,7 +35,7 @@ def init(
     """
     import os
 
-    from kmsfs.config import check_trusted
+    from kmsfs.config_files import check_trusted
     from kmsfs.errors import ConfigUntrusted
     from kmsfs.manage.input import absolute
     from kmsfs.manage.keys import KeyOptions, key_service, settings_for

@@ -4,13 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kmsfs.config import (
-    SYSTEM_CONFIG_DIR,
-    VOLUME_FILE_NAME,
-    VolumeFile,
-    load_volume_file,
-    system_volumes,
-)
+from kmsfs.config import VOLUME_FILE_NAME, VolumeFile
+from kmsfs.config_files import SYSTEM_CONFIG_DIR, load_volume_file, system_volumes
 from kmsfs.errors import ConfigInvalid, UsageInvalid
 from kmsfs.formats.binding import Place
 from kmsfs.formats.detect import served_name

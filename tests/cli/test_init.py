@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kmsfs.config import load_volume_file
+from kmsfs.config_files import load_volume_file
 from tests.cli.conftest import Commands, KeyMaker
 from tests.support.local_keys import LocalKeys, key_arn
 

@@ -13,7 +13,7 @@ import click
 import msgspec
 import pytest
 
-from kmsfs import config, errors
+from kmsfs import config, config_files, errors
 from kmsfs.cli import cli
 from kmsfs.errors import ExitCode, KmsfsError
 from kmsfs.settings import DEFAULT_TTL_S
@@ -322,7 +322,7 @@ def test_kmsfs_toml_loads(tmp_path: Path) -> None:
     path = tmp_path / "kmsfs.toml"
     path.write_text(toml_text())
 
-    file = config.load_volume_file(path, uid=os.geteuid(), overlay_dir=tmp_path / "none")
+    file = config_files.load_volume_file(path, uid=os.geteuid(), overlay_dir=tmp_path / "none")
 
     assert (file.volume.name, len(file.kms.key_ids), len(file.rule)) == ("web", 1, 1)
 
@@ -331,7 +331,7 @@ def test_defaults_in_kmsfs_toml_are_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "kmsfs.toml"
     path.write_text(toml_text())
 
-    file = config.load_volume_file(path, uid=os.geteuid(), overlay_dir=tmp_path / "none")
+    file = config_files.load_volume_file(path, uid=os.geteuid(), overlay_dir=tmp_path / "none")
 
     # What is prefetched is an example; the default is nothing.
     assert file.cache == config.CacheTable(ttl_s=DEFAULT_TTL_S["fuse"], prefetch=("*.pem",))

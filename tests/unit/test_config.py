@@ -9,12 +9,11 @@ from kmsfs.config import (
     CacheTable,
     OnChangeTable,
     cache_settings,
-    check_trusted,
-    load_volume_file,
     on_change_settings,
     parse_mode,
     parse_size,
 )
+from kmsfs.config_files import check_trusted, load_volume_file
 from kmsfs.errors import ConfigInvalid, ConfigUntrusted
 from kmsfs.settings import path_matches
 
