@@ -32,8 +32,9 @@ _FILES: Final = {
     "kmsfs.toml": "In the root of a volume: its name, its keys, and the rules it is served under.",
     "/etc/kmsfs/NAME.toml": (
         "What root sets for the volume NAME. It replaces what kmsfs.toml says; with source under "
-        "[volume] it makes that directory a volume by itself. Its tables [[on_change]] say what "
-        "is run when files change."
+        "[volume] it makes that directory a volume by itself, and with mountpoint it can be "
+        "mounted by its NAME. Its tables [[on_change]] say what is run when files change, and "
+        "[audit] where it is recorded who opened what."
     ),
     "/run/kmsfs/ctl, $XDG_RUNTIME_DIR/kmsfs": (
         "Control sockets of the mounts of root, and of other users."
@@ -55,12 +56,7 @@ def page() -> str:
 
 def _lines() -> Iterator[str]:
     context = click.Context(cli, info_name=PROGRAM, **cli.context_settings)
-    commands = [cli.get_command(context, name) for name in cli.list_commands(context)]
-    made = [
-        (command, click.Context(command, parent=context, info_name=command.name))
-        for command in commands
-        if command is not None
-    ]
+    made = list(_commands(cli, context))
     yield rf".\" Made by {Path(__file__).name} from the help texts: change those, and run it again."
     yield f'.TH {PROGRAM.upper()} 1 "" "{PROGRAM} {version(PROGRAM)}" "User Commands"'
     yield ".SH NAME"
@@ -75,7 +71,7 @@ def _lines() -> Iterator[str]:
     yield from _options(cli, context)
     yield ".SH COMMANDS"
     for command, command_context in made:
-        yield f".SS {command.name}"
+        yield f".SS {command_context.command_path.removeprefix(f'{PROGRAM} ')}"
         yield from _usage(command_context)
         for paragraph in _help(command):
             yield ".PP"
@@ -91,6 +87,20 @@ def _lines() -> Iterator[str]:
     yield from _definitions((str(int(code)), text) for code, text in EXIT_STATUS.items())
     yield ".SH SEE ALSO"
     yield ", ".join(rf"\fB{name[:-3]}\fR{name[-3:]}" for name in _SEE_ALSO)
+
+
+def _commands(
+    group: click.Group, context: click.Context
+) -> Iterator[tuple[click.Command, click.Context]]:
+    """All commands that do something, those of groups among them."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None, name
+        command_context = click.Context(command, parent=context, info_name=name)
+        if isinstance(command, click.Group):
+            yield from _commands(command, command_context)
+        else:
+            yield command, command_context
 
 
 def _usage(context: click.Context) -> Iterator[str]:

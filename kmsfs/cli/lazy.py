@@ -28,6 +28,7 @@ _COMMANDS: Final = {
     "lock": _Entry("control", "Wipe every plaintext of a mount and refuse new opens."),
     "unlock": _Entry("control", "Serve again after lock."),
     "refresh": _Entry("control", "Read files of a mount again, now."),
+    "config": _Entry("configuration", "Check and show the configuration of volumes."),
 }
 
 

@@ -31,7 +31,7 @@ _KILLED_S = 10.0
 
 @click.command()
 @click.argument("source", type=click.Path())
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=click.Path(), required=False)
 @key_ids_option
 @any_key_option
 @encryption_context_option
@@ -71,7 +71,7 @@ def mount(
     aws: AwsOptions,
     *,
     source: str,
-    mountpoint: str,
+    mountpoint: str | None,
     key_ids: tuple[str, ...],
     any_key: bool,
     encryption_context: dict[str, str],
@@ -96,7 +96,8 @@ def mount(
 
     Returns when the mount is ready, or says why it is not. Files are decrypted when they are
     first opened, into locked memory; in the ramfs view all of them at mount, into a ramfs. The
-    status is 1 if some of these could not be.
+    status is 1 if some of these could not be. Without MOUNTPOINT, SOURCE is the NAME of a file
+    /etc/kmsfs/NAME.toml, which says what is mounted where.
     """
     from kmsfs.cli.mount_report import MountReport
     from kmsfs.launcher import launch
@@ -131,7 +132,11 @@ def mount(
         )
         for text in option_texts:
             options = with_option_text(options, text)
-        return mount_config(source, mountpoint, options)
+        if mountpoint is not None:
+            return mount_config(source, mountpoint, options)
+        from kmsfs.manage.configuration import named_mount
+
+        return mount_config(*named_mount(source), options)
 
     with MountReport() as report:
         status = launch(make_config, foreground=foreground, tell=report.tell)

@@ -179,6 +179,17 @@ def mount_config(source: str, mountpoint: str, options: MountOptions) -> MountCo
     )
 
 
+def check_volume_file(file: VolumeFile) -> None:
+    """Refuse what a mount would refuse of a configuration.
+
+    Raises:
+        ConfigInvalid: owners or groups that are not there, sizes that contradict each other.
+    """
+    _checked_cache(file)
+    for rule in file.rule:
+        _resolved(rule)
+
+
 def _ownership(options: MountOptions) -> Ownership:
     defaults = Ownership(uid=os.geteuid(), gid=os.getegid())
     return Ownership(

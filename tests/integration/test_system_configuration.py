@@ -103,3 +103,36 @@ def test_hooks_of_the_system_configuration_run_when_files_change(
         session.of("kmsfs status").stdout
     )
     assert session.left_mounted == ()
+
+
+def test_a_volume_is_mounted_and_its_configuration_shown_by_name(
+    mountable: None, moto_kms: MotoKms, moto_key: str, tmp_path: Path
+) -> None:
+    plaintext = secret("password", 40)
+    (tmp_path / "password").write_bytes(plaintext)
+    source = tmp_path / "source"
+
+    session = run(
+        moto_kms,
+        tmp_path,
+        _DEFINE.format(source=source, key=moto_key),
+        f"sed -i 's|^source|mountpoint = \"{tmp_path}/mnt\"\\nsource|' /etc/kmsfs/web.toml",
+        f"kmsfs encrypt password -o {source}/db",
+        "kmsfs config check",
+        "kmsfs config show web",
+        # A directory of the same name is not meant.
+        "mkdir -p web && kmsfs mount web",
+        "cat mnt/db/password",
+        "kmsfs umount mnt",
+        "sed -i /mountpoint/d /etc/kmsfs/web.toml && ! kmsfs mount web",
+        "! kmsfs mount ./web",
+    )
+
+    assert session.of("kmsfs config check").stdout == b"web: ok\n"
+    assert f'mountpoint = "{tmp_path}/mnt"  # /etc/kmsfs/web.toml\n'.encode() in (
+        session.of("kmsfs config show").stdout
+    )
+    assert session.of("cat mnt/db").stdout == plaintext
+    assert "mountpoint is missing under [volume]" in session.of("sed -i /mountpoint").stderr
+    assert "where is ./web to be mounted?" in session.of("! kmsfs mount ./web").stderr
+    assert session.left_mounted == ()
