@@ -45,6 +45,8 @@ CAP_IPC_LOCK: Final = 14
 
 _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
+_AT_RECURSIVE: Final = 0x8000
+_CLONE_NEWNS: Final = 0x20000
 _OPEN_TREE_CLONE: Final = 1
 _MOUNT_ATTR_RDONLY: Final = 1
 
@@ -82,6 +84,8 @@ MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
 MS_NOATIME: Final = 1024
+MS_REC: Final = 16384
+MS_SLAVE: Final = 1 << 19
 
 MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
@@ -273,12 +277,25 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-def set_mount_read_only(mount: int | str, *, read_only: bool) -> None:
+def leave_mount_namespace() -> None:
+    """Get mounts of one's own: what is mounted here is seen by no other process, what others
+    mount or unmount later is seen here (unshare(2), mount_namespaces(7)).
+
+    Raises:
+        OSError: EPERM without CAP_SYS_ADMIN.
+    """
+    if _libc.unshare(_CLONE_NEWNS):
+        _raise_errno()
+    mount("none", "/", "", MS_REC | MS_SLAVE, "")
+
+
+def set_mount_read_only(mount: int | str, *, read_only: bool, below: bool = False) -> None:
     """Make one mount read-only or writable; others of the same filesystem stay as they are
     (mount_setattr(2), Linux 5.12).
 
     Args:
         mount: a descriptor of its root, or its path.
+        below: all mounts beneath it, too.
     """
     bits = _MOUNT_ATTR_RDONLY
     attr = _MountAttr(bits if read_only else 0, 0 if read_only else bits, 0, 0)
@@ -287,7 +304,7 @@ def set_mount_read_only(mount: int | str, *, read_only: bool) -> None:
         _SYS_MOUNT_SETATTR,
         ctypes.c_int(fd),
         os.fsencode(path),
-        ctypes.c_uint(0 if path else _AT_EMPTY_PATH),
+        ctypes.c_uint((0 if path else _AT_EMPTY_PATH) | (_AT_RECURSIVE if below else 0)),
         ctypes.byref(attr),
         ctypes.c_size_t(ctypes.sizeof(attr)),
     )

@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "init": _Entry("volume", "Make a directory a volume."),
     "encrypt": _Entry("files", "Encrypt files."),
     "decrypt": _Entry("files", "Decrypt one file."),
+    "edit": _Entry("edit", "Edit the plaintext of one file in a private ramfs."),
     "inspect": _Entry("files", "Show what files say of themselves, offline."),
     "mount": _Entry("mount", "Serve a directory of ciphertext as plain files."),
     "umount": _Entry("mount", "Stop serving, and wipe every plaintext."),
