@@ -159,7 +159,7 @@ class Volume:
         Plaintext: in the cache's slot, reachable through the lease.
         """
         try:
-            opened = await self._open_in_time(path, deadline)
+            opened = await self._open_or_retry(path, deadline)
         except KmsfsError as error:
             self.history.note_open(path, error=error)
             raise
@@ -228,18 +228,20 @@ class Volume:
         self._client.breakers.close_all()
         self.cache.unlock()
 
-    async def _open_in_time(self, path: str, deadline: float) -> OpenedFile:
-        with trio.CancelScope(deadline=deadline):
-            try:
-                return await self._open_newest(path, deadline)
-            except CiphertextChanging:
-                return await self._open_newest(path, deadline)
-        raise DeadlineExceeded("the open's deadline passed")
+    async def _open_or_retry(self, path: str, deadline: float) -> OpenedFile:
+        try:
+            return await self._open_newest(path, deadline)
+        except CiphertextChanging:
+            return await self._open_newest(path, deadline)
 
     async def _open_newest(self, path: str, deadline: float) -> OpenedFile:
         if self.cache.locked:
             raise VolumeLocked("the volume is locked")
-        node = await self.node_at(path)
+        # Around this alone: at the deadline the cache may still have something to serve.
+        with trio.CancelScope(deadline=deadline) as looking:
+            node = await self.node_at(path)
+        if looking.cancelled_caught:
+            raise DeadlineExceeded("the open's deadline passed")
         if not isinstance(node, SourceFile):
             raise SourceMissing(f"{path} is not served any more")
         if node.rivals:

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from kmsfs.decryptor.client import DecryptorClient
+from kmsfs.decryptor.client import DecryptorClient, Plaintext
 from kmsfs.decryptor.rules import DecryptRules
 from kmsfs.errors import (
     CiphertextChanging,
@@ -30,7 +30,9 @@ from tests.support import scripted_zygote
 from tests.support.events import Recorder
 from tests.support.local_keys import LocalKeys, key_arn
 from tests.support.process_facts import open_fds
+from tests.support.scripted_volume import Ciphertext, ScriptedSource, scripted_volume
 from tests.support.sdk_messages import sdk_message
+from tests.support.secret_memory import adopt
 
 BLOB = LocalKeys().encrypt(b"a password", key_id=key_arn(1), encryption_context={}).ciphertext
 
@@ -250,3 +252,35 @@ async def test_leaving_a_disk_that_hangs_leaves_no_descriptor(
         await trio.to_thread.run_sync(left.wait)
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert open_fds() == before
+
+
+@pytest.mark.trio
+async def test_a_plaintext_past_its_time_is_served_when_kms_lets_the_deadline_pass(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    answers = [b"a password"]
+    arena = Arena(1 << 20)
+
+    async def decrypt(_wanted: Ciphertext, deadline: float) -> Plaintext:
+        if answers:
+            return Plaintext(adopt(arena, answers.pop()), "arn:key", "test")
+        await trio.sleep_until(deadline)
+        raise DeadlineExceeded("nothing came")
+
+    v = scripted_volume(
+        ScriptedSource({"a": Ciphertext("a")}, lambda _: None, lambda _: None),
+        decrypt,
+        arena=arena,
+        cache=CacheSettings(ttl_s=10.0, idle_s=100.0, stale_s=100.0),
+        events=Recorder(),
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(v.cache.run)
+        (await v.open_file("a", in_time())).lease.close()
+        mock_clock.jump(11.0)
+        mock_clock.autojump_threshold = 0
+        opened = await v.open_file("a", trio.current_time() + 8.0)
+        assert opened.from_cache
+        assert opened.lease.size_bytes == len(b"a password")
+        opened.lease.close()
+        nursery.cancel_scope.cancel()
