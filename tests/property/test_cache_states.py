@@ -1,7 +1,5 @@
 """The cache in every order of events, with real locked memory and a clock of the test's own."""
 
-from dataclasses import dataclass, field
-
 import trio
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,176 +13,28 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kmsfs.decryptor.client import Plaintext
-from kmsfs.errors import (
-    CiphertextInvalid,
-    DeadlineExceeded,
-    KeyAccessDenied,
-    KmsfsError,
-    KmsUnreachable,
-    LockedMemoryExhausted,
-    VolumeLocked,
-    WorkerFailed,
+from kmsfs.errors import DeadlineExceeded, LockedMemoryExhausted, RolledBack, VolumeLocked
+from kmsfs.memory.mapping import round_to_pages
+from kmsfs.views.prefetch import open_once
+from tests.support.cache_bench import OPEN_DEADLINE_S, CacheBench
+from tests.support.cache_model import (
+    ERRORS,
+    PATHS,
+    PLACES,
+    TTL_S,
+    Opening,
 )
-from kmsfs.formats.detect import Format
-from kmsfs.libc import PAGE_BYTES
-from kmsfs.memory.arena import Arena, Slot
-from kmsfs.memory.mapping import LockedMapping, round_to_pages
-from kmsfs.settings import CacheSettings
-from kmsfs.store.cache import CachedFile, PlaintextCache
-from kmsfs.store.lease import Lease
-from kmsfs.store.source import SourceFile
-from tests.support.events import Recorder
-from tests.support.guest_trio import GuestTrio
 from tests.support.process_facts import locked_kib, open_fds
-from tests.support.secret_memory import adopt
-
-TTL_S, IDLE_S = 10.0, 4.0
-OPEN_DEADLINE_S = 8.0
-BUDGET_PAGES = 6
-PATHS = ("a", "b", "c")
-
-ERRORS: dict[str, type[KmsfsError]] = {
-    "refused": KeyAccessDenied,
-    "unreachable": KmsUnreachable,
-    "worker death": WorkerFailed,
-    "corrupt": CiphertextInvalid,
-}
 
 
-def content_of_version(path: str, version: int) -> bytes:
-    """What a version decrypts to: sizes from none to three pages, and no two alike."""
-    size_bytes = (version * 1777 + ord(path) * 911) % (3 * PAGE_BYTES)
-    return (f"{path}{version}|".encode() * size_bytes)[:size_bytes]
-
-
-def source_file(path: str, version: int) -> SourceFile:
-    """A file as the source shows it."""
-    return SourceFile(
-        path=path,
-        source_path=path + ".encrypted",
-        version=(1, 1, 1, version, version),
-        format=Format.ESDK,
-        size_bytes=0,
-        size_exact=False,
-        key="key",
-        bound=True,
-        suffix_taken=True,
-    )
-
-
-@dataclass(eq=False)
-class Opening:
-    """One open: under way, or with its lease or error."""
-
-    path: str
-    version: int
-    deadline: float
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    lease: Lease | None = None
-    error: KmsfsError | None = None
-    ended: bool = False
-    dead: bool = False
-    closed: bool = False
-
-
-@dataclass(eq=False)
-class Decryption:
-    """One call of the decryptor, waiting for the test's word."""
-
-    file: SourceFile
-    answered: trio.Event = field(default_factory=trio.Event)
-    outcome: str = ""
-    slot: Slot | None = None
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Opens, answers, time, locks in any order; `reachable` is what may be served at all."""
+class CacheMachine(CacheBench, RuleBasedStateMachine):
+    """Opens, answers, changes, time, refreshes and locks in any order; `model` knows the rules."""
 
     openings = Bundle("openings")
 
-    @initialize(stale_s=st.sampled_from([0.0, 5.0]))
+    @initialize(stale_s=st.sampled_from([0.0, 5.0, 20.0]))
     def begin(self, stale_s: float) -> None:
-        self.fds, self.locked_kib = open_fds(), locked_kib()
-        self.trio = GuestTrio()
-        self.stale_s = stale_s
-        self.arena = Arena(BUDGET_PAGES * PAGE_BYTES)
-        self.buffer = LockedMapping.anonymous(3 * PAGE_BYTES)
-        self.events = Recorder()
-        limits = CacheSettings(ttl_s=TTL_S, idle_s=IDLE_S, stale_s=stale_s)
-        self.cache = PlaintextCache(self.arena, limits, self.events, self.decrypt)
-        self.versions = dict.fromkeys(PATHS, 1)
-        self.under_way: list[Decryption] = []
-        self.all_openings: list[Opening] = []
-        # By path: version and time of the last decryption that may still be served.
-        self.served: dict[str, tuple[int, float]] = {}
-        self.detached = False
-        self.trio.do(self._start)
-
-    async def _start(self) -> None:
-        await self.trio.nursery.start(self.cache.run)
-
-    @property
-    def now(self) -> float:
-        """The clock."""
-        return self.trio.clock.current_time()
-
-    def held(self) -> list[CachedFile]:
-        """What the cache says it holds."""
-
-        async def ask() -> list[CachedFile]:
-            return self.cache.held()
-
-        held: list[CachedFile] = self.trio.do(ask)
-        return held
-
-    # --- the part of the decryptor ---------------------------------------------------------------
-
-    async def decrypt(self, file: SourceFile, deadline: float) -> Plaintext:
-        """`DecryptFile`: waits for `answer`."""
-        same = [
-            d for d in self.under_way if (d.file.path, d.file.version) == (file.path, file.version)
-        ]
-        assert not same, "two decryptions of one version at once"
-        call = Decryption(file)
-        self.under_way.append(call)
-        try:
-            with trio.move_on_at(deadline):
-                await call.answered.wait()
-                plaintext = self._result(call)
-                # As when the worker has been thanked: cancelling comes too late.
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                return plaintext
-            raise DeadlineExceeded("late")
-        finally:
-            self.under_way.remove(call)
-
-    def _result(self, call: Decryption) -> Plaintext:
-        path, version = call.file.path, call.file.version[3]
-        if call.outcome != "decrypted":
-            served_version, _ = self.served.get(path, (version, 0.0))
-            # Bad ciphertext says nothing of another version.
-            if call.outcome == "refused" or (
-                call.outcome == "corrupt" and served_version == version
-            ):
-                self.served.pop(path, None)
-            raise ERRORS[call.outcome]("as the test wants it")
-        content = content_of_version(path, version)
-        try:
-            slot = call.slot = adopt(self.arena, content)
-        except LockedMemoryExhausted:
-            held = sum(
-                round_to_pages(entry.size_bytes)
-                for entry in self.cache.held()
-                if entry.leases and entry.size_bytes
-            )
-            # Others may have their memory already, and be on the way into the cache.
-            held += sum(other.slot.mapped_bytes for other in self.under_way if other.slot)
-            assert held + round_to_pages(len(content)) > self.arena.budget_bytes
-            raise
-        if not self.detached:
-            self.served[path] = (version, self.now)
-        return Plaintext(slot, "arn:key", "test")
+        self.set_up(stale_s)
 
     # --- what happens ----------------------------------------------------------------------------
 
@@ -192,49 +42,32 @@ class CacheMachine(RuleBasedStateMachine):
         target=openings,
         path=st.sampled_from(PATHS),
         count=st.integers(1, 3),
-        outcome=st.sampled_from(["", "decrypted", "decrypted"]),
-        change=st.sampled_from([0, 0, 1, -1]),
+        outcome=st.sampled_from(["", "", "decrypted", "decrypted", "decrypted", *ERRORS]),
+        change=st.sampled_from(["", "", "newer", "older", "again", "back"]),
     )
-    def open(self, path: str, count: int, outcome: str, change: int) -> object:
+    def open(self, path: str, count: int, outcome: str, change: str) -> object:
         """One or several programs open a file; its decryption, if any, may end at once.
 
         Args:
-            change: before that the ciphertext was replaced, or an older one came back.
+            change: before that the ciphertext was replaced: by the next version, an older one,
+                the same encrypted again, or exactly what lay there before that.
         """
-        self.versions[path] = max(1, self.versions[path] + change)
+        self.change(path, change)
         new = []
         for _ in range(count):
-            opening = Opening(path, self.versions[path], self.now + OPEN_DEADLINE_S)
+            opening = Opening(path, self.now + OPEN_DEADLINE_S)
             self.all_openings.append(opening)
             new.append(opening)
-            self.trio.do(self._start_open, opening)
-        wanted = (path, source_file(path, self.versions[path]).version)
+            self.do(self.start_open, opening)
+            self.check_begun(opening)
         for call in list(self.under_way):
-            if outcome and (call.file.path, call.file.version) == wanted:
-                self._end(call, outcome)
+            if (
+                outcome
+                and call.ciphertext == self.source.files[path]
+                and not self.model.is_outdated(call)
+            ):
+                self.end(call, outcome)
         return multiple(*new)
-
-    async def _start_open(self, opening: Opening) -> None:
-        self.trio.nursery.start_soon(self._open, opening)
-
-    async def _open(self, opening: Opening) -> None:
-        file = source_file(opening.path, opening.version)
-        try:
-            with opening.scope:
-                opening.lease, from_cache = await self.cache.acquire(file, opening.deadline)
-                self._check_given(opening, from_cache=from_cache)
-        except KmsfsError as error:
-            opening.error = error
-        finally:
-            opening.ended = True
-
-    def _check_given(self, opening: Opening, *, from_cache: bool) -> None:
-        assert not self.cache.locked
-        if from_cache:
-            assert opening.path in self.served, "served after it was refused, locked or detached"
-            version, ready_at = self.served[opening.path]
-            assert version == opening.version
-            assert self.now < ready_at + TTL_S + self.stale_s
 
     @precondition(lambda self: self.under_way)
     @rule(
@@ -243,28 +76,41 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def answer(self, data: st.DataObject, outcome: str) -> None:
         """A decryption ends."""
-        self._end(data.draw(st.sampled_from(self.under_way)), outcome)
+        self.end(data.draw(st.sampled_from(self.under_way)), outcome)
 
-    def _end(self, call: Decryption, outcome: str) -> None:
-        waiting = [
-            o
-            for o in self.all_openings
-            if not o.ended and (o.path, o.version) == (call.file.path, call.file.version[3])
-        ]
-        call.outcome = outcome
+    @rule(place=st.sampled_from(PLACES), steps=st.none() | st.integers(0, 3))
+    def refresh(self, place: str, steps: int | None) -> None:
+        """KMS is to be asked anew for a file or a directory, perhaps just when decryptions succeed.
 
-        async def end() -> None:
-            call.answered.set()
+        Args:
+            steps: how far those get before.
+        """
 
-        self.trio.do(end)
-        for opening in waiting:
-            assert opening.ended, "a waiting open was not told"
-            if outcome == "decrypted":
-                assert opening.lease is not None or isinstance(opening.error, LockedMemoryExhausted)
-            elif outcome == "unreachable":
-                assert opening.lease is not None or isinstance(opening.error, KmsUnreachable)
-            else:
-                assert isinstance(opening.error, ERRORS[outcome])
+        async def refresh() -> None:
+            await self.let_succeed(steps)
+            self.cache.retire(place)
+            self.model.refresh(place)
+
+        self.do(refresh)
+
+    @precondition(lambda self: not self.cache.locked and not self.model.detached)
+    @rule(place=st.sampled_from(PLACES), outcome=st.sampled_from(["decrypted", "unreachable"]))
+    def refresh_accepting_older(self, place: str, outcome: str) -> None:
+        """As before, and what lies there may be older than what was seen."""
+
+        async def refresh() -> None:
+            self.cache.retire(place)
+            self.model.refresh(place)
+            before = self.model.accept_older(place)
+            paths = self.volume.versions.below(place)
+            assert paths == sorted(before)
+            self.at_once = outcome
+            with self.volume.versions.accepting_older(paths):
+                await open_once(self.volume, paths)
+            self.at_once = ""
+            self.model.accepted(before)
+
+        self.do(refresh)
 
     @rule(opening=openings)
     def close_or_give_up(self, opening: Opening) -> None:
@@ -278,13 +124,54 @@ class CacheMachine(RuleBasedStateMachine):
             else:
                 opening.scope.cancel()
 
-        self.trio.do(end)
+        self.do(end)
         assert opening.ended
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 4.0, 7.0, 11.0]))
     def pass_time(self, seconds: float) -> None:
-        """Time passes."""
+        """Time passes; KMS is away for those whose deadline passes with it."""
+        waiting = [opening for opening in self.all_openings if not opening.ended]
         self.trio.advance(seconds)
+        for opening in waiting:
+            if opening.ended and self.model.must_be_served_stale(opening):
+                assert opening.given is opening.fallback
+            elif opening.ended:
+                assert isinstance(opening.error, DeadlineExceeded)
+        self.note_time()
+
+    @precondition(lambda self: not self.cache.locked)
+    @rule(paths=st.permutations(PATHS))
+    def use_one_after_another(self, paths: list[str]) -> None:
+        """A program reads one file after another: which were used last may stay."""
+        for path in paths:
+            self.open(path, 1, "decrypted", "")
+            self.close_or_give_up(self.all_openings[-1])
+            self.pass_time(0.5)
+
+    @precondition(lambda self: not self.cache.locked)
+    @rule(path=st.sampled_from(PATHS), outcome=st.sampled_from(["decrypted", *ERRORS]))
+    def ask_again(self, path: str, outcome: str) -> None:
+        """A plaintext passes its time in a program's hands, and KMS is asked for it again."""
+        self.open(path, 1, "decrypted", "")
+        self.pass_time(TTL_S)
+        self.open(path, 1, outcome, "")
+
+    @precondition(lambda self: not self.cache.locked)
+    @rule(path=st.sampled_from(PATHS), outcome=st.sampled_from(["decrypted", *ERRORS]))
+    def answers_overtake_one_another(self, path: str, outcome: str) -> None:
+        """What KMS is asked anew comes before the answer to what it was asked before a refresh."""
+        self.open(path, 1, "", "")
+        self.refresh(path, None)
+        self.open(path, 1, "decrypted", "")
+        for call in list(self.under_way):
+            if call.ciphertext == self.source.files[path]:
+                self.end(call, outcome)
+
+    @rule(path=st.sampled_from(PATHS))
+    def open_while_kms_hangs(self, path: str) -> None:
+        """A program opens a file, and KMS lets its deadline pass."""
+        self.open(path, 1, "", "")
+        self.pass_time(OPEN_DEADLINE_S)
 
     @precondition(lambda self: not self.cache.locked)
     @rule(open_meanwhile=st.booleans(), stay=st.integers(0, 3))
@@ -294,16 +181,15 @@ class CacheMachine(RuleBasedStateMachine):
         async def end_workers() -> None:
             await trio.lowlevel.checkpoint()
 
-        self.trio.do(self.cache.lock, end_workers)
-        self.served.clear()
+        self.do(self.cache.lock, end_workers)
+        self.model.lock(self.all_openings)
         for opening in self.all_openings:
-            opening.dead = True
             assert opening.ended, "an open waits over a lock"
         assert not self.under_way
         assert self.held() == []
         if open_meanwhile:
-            opening = Opening("a", 1, self.now + OPEN_DEADLINE_S)
-            self.trio.do(self._start_open, opening)
+            opening = Opening(PATHS[0], self.now + OPEN_DEADLINE_S)
+            self.do(self.start_open, opening)
             assert isinstance(opening.error, VolumeLocked)
         if stay:
             self.unlock()
@@ -316,29 +202,30 @@ class CacheMachine(RuleBasedStateMachine):
             steps: how far those get before.
         """
 
-        async def at_once() -> None:
-            if steps is not None:
-                for call in self.under_way:
-                    call.outcome = "decrypted"
-                    call.answered.set()
-                for _ in range(steps):
-                    await trio.lowlevel.checkpoint()
+        async def at_once() -> int:
+            await self.let_succeed(steps)
 
             async def end_workers() -> None:
                 pass
 
             await self.cache.lock(end_workers)
             assert (self.arena.used_bytes, self.arena.slots, self.cache.held()) == (0, 0, [])
+            at = self.model.lock(self.all_openings)
             self.cache.unlock()
+            return at
 
         waiting = [opening for opening in self.all_openings if not opening.ended]
-        self.trio.do(at_once)
-        self.served.clear()
-        for opening in self.all_openings:
-            opening.dead = True
+        at = self.do(at_once)
         for opening in waiting:
-            assert opening.ended
-            assert opening.lease or isinstance(opening.error, VolumeLocked | LockedMemoryExhausted)
+            # Those whose ciphertext was replaced are tried once more, as late as after the unlock.
+            tried_again = opening.began > at
+            opening.dead = not tried_again
+            assert opening.ended or tried_again
+            assert (
+                not opening.ended
+                or opening.lease
+                or isinstance(opening.error, VolumeLocked | LockedMemoryExhausted | RolledBack)
+            )
 
     @precondition(lambda self: self.cache.locked)
     @rule()
@@ -348,9 +235,9 @@ class CacheMachine(RuleBasedStateMachine):
         async def unlock() -> None:
             self.cache.unlock()
 
-        self.trio.do(unlock)
+        self.do(unlock)
 
-    @precondition(lambda self: not self.detached and len(self.all_openings) > 15)
+    @precondition(lambda self: not self.model.detached and len(self.all_openings) > 15)
     @rule()
     def detach(self) -> None:
         """The mount is detached, late in a run: it stays so for the rest of it."""
@@ -358,9 +245,8 @@ class CacheMachine(RuleBasedStateMachine):
         async def detach() -> None:
             self.cache.detach()
 
-        self.trio.do(detach)
-        self.served.clear()
-        self.detached = True
+        self.do(detach)
+        self.model.detach()
 
     # --- what holds always -----------------------------------------------------------------------
 
@@ -369,17 +255,15 @@ class CacheMachine(RuleBasedStateMachine):
         for opening in self.all_openings:
             if opening.lease is None or opening.closed:
                 continue
-            wanted = content_of_version(opening.path, opening.version)
             try:
-                count = opening.lease.copy_to(self.buffer, 0, 3 * PAGE_BYTES)
+                content = self.content_of(opening)
             except VolumeLocked:
                 assert opening.dead
                 continue
             assert not opening.dead
-            view = self.buffer.borrow(count)
-            assert bytes(view) == wanted
-            self.buffer.take_back(view)
-            assert opening.lease.size_bytes == len(wanted)
+            assert opening.given is not None
+            assert content == opening.given.content
+            assert opening.lease.size_bytes == len(content)
 
     @invariant()
     def memory_is_accounted_for(self) -> None:
@@ -397,10 +281,15 @@ class CacheMachine(RuleBasedStateMachine):
         held = self.held()
         if self.cache.locked:
             assert held == []
+        served = self.model.served
         for entry in held:
             if not entry.leases:
                 assert entry.current
-                assert entry.age_s < TTL_S + self.stale_s
+                assert not self.model.has_expired(served[entry.path])
+        current = {entry.path for entry in held if entry.current}
+        assert current <= served.keys()
+        for path, call in served.items():
+            assert path in current or self.model.has_expired(call), "wiped without need"
 
     @invariant()
     def nobody_waits_beyond_the_deadline(self) -> None:
