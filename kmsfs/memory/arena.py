@@ -95,6 +95,12 @@ class Arena:
             and self.slots - len(freed) < MAX_SLOTS
         )
 
+    def fits_beside(self, size_bytes: int, slots: Collection[Slot]) -> bool:
+        """Whether a plaintext of this size would fit if there were only these slots."""
+        used = [slot.mapped_bytes for slot in slots if slot.mapped_bytes]
+        needed_bytes = round_to_pages(size_bytes) if size_bytes else 0
+        return sum(used) + needed_bytes <= self.budget_bytes and len(used) < MAX_SLOTS
+
     def adopt(self, fd: int | None, size_bytes: int) -> Slot:
         """Take over memory that a worker filled; closes `fd` in every case.
 

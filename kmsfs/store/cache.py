@@ -5,7 +5,6 @@ Not thread-safe: everything here runs on the event loop, and state changes betwe
 
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -17,6 +16,7 @@ from kmsfs.errors import (
     DeadlineExceeded,
     ExitCode,
     KmsfsError,
+    LockedMemoryExhausted,
     TooManyWaiting,
     VolumeLocked,
     WorkerBug,
@@ -27,7 +27,7 @@ from kmsfs.settings import CacheSettings
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.flight import Flight
 from kmsfs.store.history import FileHistory
-from kmsfs.store.lease import Entry, Lease
+from kmsfs.store.lease import CachedFile, Entry, Lease
 from kmsfs.store.names import is_at_or_below
 from kmsfs.store.source import SourceFile
 
@@ -39,17 +39,6 @@ MAX_WAITING: Final = 512
 _PURGING: Final = frozenset({ExitCode.REFUSED_BY_KMS, ExitCode.NOT_AUTHENTIC})
 
 DecryptFile = Callable[[SourceFile, float], Awaitable[Plaintext]]
-
-
-@dataclass(frozen=True, slots=True)
-class CachedFile:
-    """One plaintext held now."""
-
-    path: str
-    size_bytes: int
-    age_s: float
-    leases: int
-    current: bool
 
 
 class PlaintextCache:
@@ -110,6 +99,8 @@ class PlaintextCache:
         Raises:
             VolumeLocked, TooManyWaiting, DeadlineExceeded, CiphertextChanging, and whatever the
             decryption raises.
+            LockedMemoryExhausted: what is open leaves no room. Without asking KMS where the
+                plaintext's size is known; else when KMS has answered.
         Cancellation: leaves the decryption running for others and for the next open.
         """
         if self.locked:
@@ -117,8 +108,9 @@ class PlaintextCache:
         entry = self._current_entry(file)
         if entry is not None and not self._is_over(entry):
             return self._lease(entry), True
-        if file.problem:
-            error = CiphertextInvalid(file.problem)
+        error = self._impossible(file)
+        # A plaintext past its time may still be served: to know that takes asking KMS.
+        if error is not None and (entry is None or file.problem):
             self.history.note_failure(file.path, error)
             raise error
         if self._waiting >= MAX_WAITING:
@@ -206,6 +198,20 @@ class PlaintextCache:
 
     def _is_over(self, entry: Entry) -> bool:
         return trio.current_time() >= entry.ready_at + self._settings.lifetime_s
+
+    def _impossible(self, file: SourceFile) -> KmsfsError | None:
+        """Why a file cannot be decrypted now, whatever KMS says."""
+        if file.problem:
+            return CiphertextInvalid(file.problem)
+        is_asked_for = (file.path, file.version) in self._flights
+        is_too_large = file.size_bytes > self._settings.max_file_bytes
+        if not file.size_exact or is_asked_for or is_too_large:
+            return None
+        # What is on its way into the cache may be closed by then, and leave.
+        in_use = [entry.slot for entry in self._entries if entry.leases]
+        if self._arena.fits_beside(file.size_bytes, in_use):
+            return None
+        return LockedMemoryExhausted(f"{file.size_bytes} bytes do not fit beside what is open")
 
     def _flight_for(self, file: SourceFile, deadline: float) -> Flight:
         key = (file.path, file.version)

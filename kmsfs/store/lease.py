@@ -9,6 +9,17 @@ from kmsfs.memory.mapping import LockedMapping
 from kmsfs.store.ciphertext import FileVersion
 
 
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """One plaintext held now."""
+
+    path: str
+    size_bytes: int
+    age_s: float
+    leases: int
+    current: bool
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
     """One version of one file's plaintext. Times are trio's clock.

@@ -140,6 +140,16 @@ class CacheMachine(CacheBench, RuleBasedStateMachine):
         self.note_time()
 
     @precondition(lambda self: not self.cache.locked)
+    @rule(path=st.sampled_from(PATHS), outcome=st.sampled_from(["decrypted", *ERRORS]))
+    def a_newer_version_overtakes(self, path: str, outcome: str) -> None:
+        """It comes and is decrypted while the one that lay there before still is."""
+        self.open(path, 1, "", "again")
+        older = [call for call in self.under_way if call.ciphertext == self.source.files[path]]
+        self.open(path, 1, "decrypted", "newer")
+        for call in older:
+            self.end(call, outcome)
+
+    @precondition(lambda self: not self.cache.locked)
     @rule(paths=st.permutations(PATHS))
     def use_one_after_another(self, paths: list[str]) -> None:
         """A program reads one file after another: which were used last may stay."""
@@ -174,9 +184,15 @@ class CacheMachine(CacheBench, RuleBasedStateMachine):
         self.pass_time(OPEN_DEADLINE_S)
 
     @precondition(lambda self: not self.cache.locked)
-    @rule(open_meanwhile=st.booleans(), stay=st.integers(0, 3))
-    def lock(self, open_meanwhile: bool, stay: int) -> None:
-        """The volume is locked, more often than not for a moment only."""
+    @rule(open_meanwhile=st.booleans(), stay=st.integers(0, 3), refresh=st.booleans())
+    def lock(self, open_meanwhile: bool, stay: int, refresh: bool) -> None:
+        """The volume is locked, more often than not for a moment only.
+
+        Args:
+            refresh: whether it was refreshed just before.
+        """
+        if refresh:
+            self.refresh("", None)
 
         async def end_workers() -> None:
             await trio.lowlevel.checkpoint()

@@ -13,17 +13,19 @@ from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.mapping import LockedMapping, round_to_pages
 from kmsfs.settings import CacheSettings
-from kmsfs.store.cache import CachedFile
+from kmsfs.store.lease import CachedFile
 from tests.support.cache_model import (
     ERRORS,
     IDLE_S,
     MAX_CONTENT_BYTES,
     PATHS,
+    SIZED,
     TTL_S,
     UNBOUND,
     CacheModel,
     Decryption,
     Opening,
+    content_size,
     error_of,
     pages_of,
 )
@@ -53,7 +55,9 @@ class CacheBench:
         self.arena = Arena(BUDGET_PAGES * PAGE_BYTES)
         self.buffer = LockedMapping.anonymous(MAX_CONTENT_BYTES)
         self.source = ScriptedSource(
-            {path: Ciphertext(path) for path in PATHS}, self._note_lookup, lambda _: None
+            {path: Ciphertext(path) for path in PATHS},
+            self._note_lookup,
+            lambda found: content_size(found) if found.path == SIZED else None,
         )
         self.volume = scripted_volume(
             self.source,
@@ -68,6 +72,7 @@ class CacheBench:
         self.by_task: dict[trio.lowlevel.Task, Opening] = {}
         # What decryptions come to without being waited for.
         self.at_once = ""
+        self._evictions = 0
         self._found_wrong: AssertionError | None = None
         self.do(self._start)
 
@@ -99,6 +104,7 @@ class CacheBench:
     def emit(self, event: Event) -> None:
         """EventSink."""
         if isinstance(event, Wiped) and event.reason == "evicted":
+            self._evictions += 1
             with self._noted():
                 self.model.evicted(event.path, self.all_openings)
 
@@ -146,6 +152,7 @@ class CacheBench:
         if call.outcome != "decrypted":
             self.model.failed(call)
             raise ERRORS[call.outcome]("as the test wants it")
+        evictions = self._evictions
         try:
             slot = call.slot = adopt(self.arena, call.content)
         except LockedMemoryExhausted:
@@ -158,6 +165,7 @@ class CacheBench:
             # Others may have their memory already, and be on the way into the cache.
             held += sum(other.slot.mapped_bytes for other in self.under_way if other.slot)
             with self._noted():
+                assert self._evictions == evictions, "in vain"
                 assert held + pages_of(call.ciphertext) > self.arena.budget_bytes
             raise
         number = None if call.ciphertext.path == UNBOUND else call.ciphertext.number
@@ -211,6 +219,17 @@ class CacheBench:
         known = opening.fallback
         if known is not None and self.now < known.ready_at + TTL_S:
             assert opening.given is not None, "what is there is not served"
+            return
+        joined = any(
+            (call.ciphertext, call.refreshed) == (opening.wanted, opening.refreshed)
+            and call.began < opening.began
+            for call in self.under_way
+        )
+        could_know = opening.path == SIZED and known is None and not joined
+        if could_know and not self.model.has_room(
+            opening, self.all_openings, self.arena.budget_bytes
+        ):
+            assert isinstance(opening.error, LockedMemoryExhausted)
         else:
             assert not opening.ended, "it cannot know yet"
 

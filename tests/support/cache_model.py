@@ -32,6 +32,8 @@ MAX_CONTENT_BYTES = 3 * PAGE_BYTES
 PATHS = ("d/a", "d/b", "dx")
 PLACES = ("", "d", *PATHS)
 UNBOUND = "dx"
+# Its plaintext's size is known before KMS is asked.
+SIZED = "d/b"
 
 ERRORS: dict[str, type[KmsfsError]] = {
     "refused": KeyAccessDenied,
@@ -291,6 +293,13 @@ class CacheModel:
             and self.served.get(opening.path) is fallback
             and self._clock() < fallback.ready_at + TTL_S + self.stale_s
         )
+
+    def has_room(self, opening: Opening, openings: list[Opening], budget_bytes: int) -> bool:
+        """Whether its plaintext fits beside what is open."""
+        assert opening.wanted is not None
+        in_use = {other.reads for other in openings} - {None}
+        used_bytes = sum(pages_of(call.ciphertext) for call in in_use if call is not None)
+        return used_bytes + pages_of(opening.wanted) <= budget_bytes
 
     def note_use(self, openings: list[Opening]) -> None:
         """After each step: who has what open now."""
