@@ -1,6 +1,7 @@
 """How long a plaintext is held, and for whom, on a clock of the test's own."""
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -646,3 +647,32 @@ async def test_a_failure_of_a_retired_decryption_is_not_that_of_the_newer_one(
         await trio.testing.wait_all_tasks_blocked()
         assert s.cache.history.failures == {}
         assert await s.open_and_close()
+
+
+@pytest.mark.trio
+async def test_what_cannot_have_room_is_refused_without_asking_kms(
+    site: Open, mock_clock: Clock
+) -> None:
+    def sized(path: str, pages: int) -> SourceFile:
+        return dataclasses.replace(file(path), size_bytes=pages * PAGE_BYTES, size_exact=True)
+
+    async with site(pages=2) as s:
+        s.size_bytes = PAGE_BYTES
+        await s.open_and_close(sized("closed", 1))
+        lease, _ = await s.open(sized("open", 1))
+        with pytest.raises(LockedMemoryExhausted):
+            await s.open(sized("two pages", 2))
+        assert [call.path for call in s.calls] == ["closed", "open"]
+        assert "two pages" in s.cache.history.failures
+        # What is closed makes room, and who waits already is waited with.
+        s.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(s.open_and_close, sized("one page", 1))
+            await trio.testing.wait_all_tasks_blocked()
+            second, _ = await s.open(sized("closed", 1))
+            nursery.start_soon(s.open_and_close, sized("one page", 1))
+            await trio.testing.wait_all_tasks_blocked()
+            second.close()
+            s.gate.set()
+        lease.close()
+        assert [call.path for call in s.calls] == ["closed", "open", "one page"]
