@@ -1,9 +1,10 @@
 """One mounted volume: source, policy, cache and decryptor, as the views see them."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar, TypeVarTuple
 
 import msgspec
@@ -17,6 +18,7 @@ from kmsfs.errors import (
     DeadlineExceeded,
     FileTooLarge,
     KmsfsError,
+    LockedMemoryExhausted,
     NameConflict,
     SourceMissing,
     VolumeLocked,
@@ -57,6 +59,30 @@ class OpenedFile:
     file: SourceFile
     lease: Lease
     from_cache: bool
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """Of files that are opened together: how many are, and how often one gave its memory back.
+
+    Attributes:
+        ended: set at the next end of one, well or not.
+    """
+
+    count: int = 0
+    gave_back: int = 0
+    ended: trio.Event = field(default_factory=trio.Event)
+
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Around one that is under way."""
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+            self.ended.set()
+            self.ended = trio.Event()
 
 
 class Volume:
@@ -175,7 +201,8 @@ class Volume:
     ) -> None:
         """Open many files, as many at a time as KMS may be asked at once.
 
-        A file that KMS was not asked for, having been away before, is tried again for a moment.
+        A file that KMS was not asked for, having been away before, is tried again for a moment;
+        one that found no memory, as often as others of these files give theirs back.
 
         Args:
             take: gets each file while its lease lives; a KmsfsError of it counts for that file.
@@ -184,6 +211,7 @@ class Volume:
         Cancellation: leaves files that are being decrypted to others.
         """
         turns = trio.Semaphore(MAX_CALLS)
+        others = _UnderWay()
         patient_until: float | None = None
 
         async def try_one(path: str) -> KmsfsError | None:
@@ -194,21 +222,34 @@ class Volume:
                     await take(opened)
                 finally:
                     opened.lease.close()
+                    others.gave_back += 1
             except KmsfsError as caught:
                 return caught
             return None
 
+        async def try_while_memory_comes_back(path: str) -> KmsfsError | None:
+            while True:
+                known = others.gave_back
+                with others.one_more():
+                    error = await try_one(path)
+                if not isinstance(error, LockedMemoryExhausted):
+                    return error
+                while others.gave_back == known:
+                    if others.count == 0:
+                        return error
+                    await others.ended.wait()
+
         async def open_one(path: str) -> None:
             nonlocal patient_until
             async with turns:
-                error = await try_one(path)
+                error = await try_while_memory_comes_back(path)
                 while error is not None and error.again_in_s is not None:
                     if patient_until is None:
                         patient_until = trio.current_time() + _PATIENCE_S
                     if trio.current_time() >= patient_until:
                         break
                     await trio.sleep(max(_SHORTEST_WAIT_S, error.again_in_s))
-                    error = await try_one(path)
+                    error = await try_while_memory_comes_back(path)
                 ended(path, error)
 
         async with trio.open_nursery() as nursery:

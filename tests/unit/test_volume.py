@@ -16,16 +16,19 @@ from kmsfs.errors import (
     CiphertextChanging,
     DeadlineExceeded,
     FileTooLarge,
+    KmsfsError,
+    LockedMemoryExhausted,
     NameConflict,
     SourceMissing,
     VolumeLocked,
 )
 from kmsfs.formats.binding import Place
+from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.arena import Arena
 from kmsfs.settings import CacheSettings, KmsSettings, MountConfig, Ownership
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.source import Source, SourceFile
-from kmsfs.store.volume import Volume
+from kmsfs.store.volume import OpenedFile, Volume
 from tests.support import scripted_zygote
 from tests.support.events import Recorder
 from tests.support.local_keys import LocalKeys, key_arn
@@ -283,4 +286,43 @@ async def test_a_plaintext_past_its_time_is_served_when_kms_lets_the_deadline_pa
         assert opened.from_cache
         assert opened.lease.size_bytes == len(b"a password")
         opened.lease.close()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_of_many_files_each_waits_for_memory_that_the_others_give_back() -> None:
+    names = [f"file-{number}" for number in range(12)]
+    arena = Arena(2 * PAGE_BYTES)
+    known = {name: None if number % 2 else PAGE_BYTES for number, name in enumerate(names)}
+
+    async def decrypt(_wanted: Ciphertext, _deadline: float) -> Plaintext:
+        await trio.lowlevel.checkpoint()
+        return Plaintext(adopt(arena, b"x" * PAGE_BYTES), "arn:key", "test")
+
+    v = scripted_volume(
+        ScriptedSource(
+            {name: Ciphertext(name) for name in names},
+            lambda _: None,
+            lambda found: known[found.path],
+        ),
+        decrypt,
+        arena=arena,
+        cache=CacheSettings(ttl_s=0.0, idle_s=0.0, stale_s=0.0),
+        events=Recorder(),
+    )
+    outcomes: dict[str, KmsfsError | None] = {}
+
+    async def take(_opened: OpenedFile) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(v.cache.run)
+        await v.open_each(names, take=take, ended=outcomes.__setitem__)
+        assert outcomes == dict.fromkeys(names)
+        held = [await v.open_file(name, in_time()) for name in names[:2]]
+        await v.open_each(names[2:], take=take, ended=outcomes.__setitem__)
+        found = [type(outcomes[name]) for name in names[2:]]
+        assert found == [LockedMemoryExhausted] * 10
+        for opened in held:
+            opened.lease.close()
         nursery.cancel_scope.cancel()
