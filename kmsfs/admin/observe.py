@@ -87,6 +87,7 @@ async def gather(
         ),
         cached_bytes=volume.arena.used_bytes,
         budget_bytes=volume.arena.budget_bytes,
+        max_bytes=config.cache.max_bytes,
         key_ids=config.kms.key_ids,
         credential_source=None if greeting is None else greeting.credential_source,
         daemon_pid=os.getpid(),

@@ -86,6 +86,13 @@ def _memory(status: MountStatus, daemon: ProcessFacts | None) -> Finding:
             evidence=f"{kinds}; {locked}",
             todo="raise the locked-memory limit (LimitMEMLOCK, ulimit -l), drop allow_unlocked",
         )
+    if status.budget_bytes < status.max_bytes:
+        return Finding(
+            promise=promise,
+            grade="weak",
+            evidence=f"room for {status.budget_bytes} of {status.max_bytes} bytes; {locked}",
+            todo="raise the locked-memory limit (LimitMEMLOCK, ulimit -l), or lower max_bytes",
+        )
     if "memfd" in status.plaintext_in or not _has_memfd_secret():
         return Finding(
             promise=promise,

@@ -167,6 +167,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
         failing: files whose last open failed, or that can never be decrypted.
         unbound: files served although they are not bound to their place.
         away: keys whose circuit breaker is open.
+        budget_bytes: what plaintexts may take of locked memory; `max_bytes` is configured.
         plaintext_in: the kinds of memory that plaintexts lie in.
         weaknesses: guarantees that do not hold, in words.
         hooks: what is run when served files change.
@@ -200,3 +201,4 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     hooks: tuple[HookStatus, ...] = ()
     away: tuple[AwayKey, ...] = ()
     audit: AuditStatus | None = None
+    max_bytes: int = 0

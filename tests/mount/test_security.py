@@ -17,10 +17,15 @@ from tests.support.sites import Site
 PROMISES = 10
 
 
+LOCKABLE = '[cache]\nmax_bytes = "2MiB"\nmax_file_bytes = "1MiB"\n'
+"""As much as can be locked under the limit that most machines have."""
+
+
 @pytest.fixture
 def volume(site: Site) -> MountedVolume:
     """A mount with one file, `key`, that has been read."""
     site.make_volume()
+    site.append_config(LOCKABLE)
     site.encrypt("key", site.secret("key", 5000))
     mounted = site.mount()
     assert len((mounted.path / "key").read_bytes()) == 5000
@@ -129,6 +134,7 @@ wait $launcher
 def test_strict_mounts_where_every_promise_holds(site: Site) -> None:
     """Where the kernel zeroes freed pages and a process supplies the credentials."""
     site.make_volume()
+    site.append_config(LOCKABLE)
     site.encrypt("key", site.secret("key", 100))
     supplied = json.dumps(
         {
