@@ -17,9 +17,10 @@ from kmsfs.admin.status import (
 from kmsfs.decryptor.client import DecryptorClient
 from kmsfs.error_codes import from_code
 from kmsfs.errors import KmsfsError
-from kmsfs.memory.process import ProcessReport, report
+from kmsfs.memory.process import ProcessReport, descriptor_limit, report
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
+from kmsfs.store.cache import MAX_WAITING
 from kmsfs.store.source import SourceFile, Survey
 from kmsfs.store.volume import Volume
 
@@ -170,6 +171,11 @@ def _weaknesses(
         weaknesses.append(
             f"locked memory is limited to {volume.arena.budget_bytes} bytes, "
             f"{config.cache.max_bytes} are configured"
+        )
+    if volume.cache.max_decryptions < MAX_WAITING:
+        weaknesses.append(
+            f"at most {volume.cache.max_decryptions} files can be decrypted at once: "
+            f"{descriptor_limit()} descriptors are allowed (LimitNOFILE, ulimit -n)"
         )
     if ram is not None and ram.swappable:
         weaknesses.append("the tmpfs can be swapped out: a ramfs cannot")

@@ -20,6 +20,7 @@ from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
 from kmsfs.errors import GuaranteeNotMet, KmsfsError
 from kmsfs.events import ConfinementWeak, Event, EventSink, LockChanged
+from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
@@ -77,11 +78,18 @@ class Daemon:
         sandbox: what confines this process.
 
     Raises:
+        GuaranteeNotMet: too few descriptors to serve anything.
         KmsfsError: the source cannot be opened, or no memory can be locked.
     """
 
     def __init__(self, handed: Handed, launcher: socket.socket, sandbox: SandboxReport) -> None:
         config = handed.config
+        if process.descriptor_limit() < process.MIN_DAEMON_DESCRIPTORS:
+            raise GuaranteeNotMet(
+                f"the limit of descriptors is {process.descriptor_limit()}, and cannot be raised "
+                f"to {process.MIN_DAEMON_DESCRIPTORS}",
+                hint="raise it (LimitNOFILE, ulimit -n)",
+            )
         self._config = config
         self._sandbox = sandbox
         self._launcher_raw = launcher
@@ -258,6 +266,11 @@ class Daemon:
         while True:
             try:
                 message, fd = await channel.receive(self._launcher)
+            except wire.DescriptorLostError as error:
+                # It was a zygote's, which ends; the next open asks for another.
+                log.error("from the launcher: %s", error)  # noqa: TRY400 - said in full
+                self._zygote_is_coming = False
+                continue
             except wire.WireError:
                 await self._end_without_launcher()
                 return

@@ -243,11 +243,18 @@ class WorkerPool:
         async with self._spawning:
             while True:
                 zygote = await self._ready_zygote()
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                try:
+                    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                except OSError as error:
+                    raise WorkerLostError(f"no new process: {error.strerror}") from None
                 try:
                     with theirs, trio.move_on_after(_SPAWN_S):
                         return await self._spawn_from(zygote, ours, theirs)
                     raise wire.WireError("no answer to SpawnWorker")
+                except wire.DescriptorLostError as error:
+                    # The worker sees the end of its socket.
+                    ours.close()
+                    raise WorkerLostError(f"no new process: {error}") from None
                 except (wire.WireError, OSError):
                     ours.close()
                     if self._zygote is zygote:

@@ -33,6 +33,10 @@ class WireError(Exception):
     """The peer is gone, or sent what no peer of ours sends."""
 
 
+class DescriptorLostError(WireError):
+    """A frame came without its descriptor: this process has as many as it may."""
+
+
 class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, kw_only=True):
     """One frame's message."""
 
@@ -310,6 +314,7 @@ def decode(
     Every descriptor received is either returned or closed.
 
     Raises:
+        DescriptorLostError: this process can take no descriptor.
         WireError: end of file, truncated, another version, not a message, descriptors that do
             not belong to this kind of message.
     """
@@ -320,6 +325,8 @@ def decode(
     try:
         if not frame:
             raise WireError("the peer closed its end")
+        if flags & socket.MSG_CTRUNC and not fds:
+            raise DescriptorLostError("no descriptor is left for what was sent")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise WireError("a truncated frame")
         if frame[0] != VERSION:

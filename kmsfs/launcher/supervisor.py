@@ -172,7 +172,7 @@ class Launcher:
     def _mount(self) -> None:
         assert self._daemon is not None
         assert self._lifeline is not None
-        self._raise_memlock_limit(self._daemon)
+        self._raise_limits(self._daemon)
         # Imported while the daemon starts: nothing may hold that up.
         from kmsfs.launcher.mounting import open_mount
 
@@ -199,8 +199,9 @@ class Launcher:
         except wire.WireError as error:
             raise MountFailed(f"the daemon is gone: {error}", hint="see the log") from None
 
-    def _raise_memlock_limit(self, daemon: Child) -> None:
-        """For the daemon's plaintexts, and for the processes started after this."""
+    def _raise_limits(self, daemon: Child) -> None:
+        """For the daemon; that of locked memory also for the processes started after this."""
+        process.raise_descriptor_limit(process.DAEMON_DESCRIPTORS, pid=daemon.pid)
         wanted_bytes = self._config.cache.max_bytes + _MEMLOCK_MARGIN_BYTES
         process.raise_memlock_limit(wanted_bytes)
         process.raise_memlock_limit(wanted_bytes, pid=daemon.pid)

@@ -22,6 +22,18 @@ SCRUBBING_ENVIRONMENT: Final = {
 }
 
 
+DAEMON_DESCRIPTORS: Final = 1024
+"""What the daemon's limit of descriptors is raised to."""
+
+MIN_DAEMON_DESCRIPTORS: Final = 128
+"""With fewer it does not serve."""
+
+# Of these, for all but ciphertext on its way to a worker: the mount and the source, launcher and
+# zygote, two for each of 8 workers, 16 connections on the control socket, and two for each of
+# 64 threads that wait for a slow disk.
+_RESERVED_DESCRIPTORS: Final = 256
+
+
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     """Which protections hold in one process.
 
@@ -104,15 +116,42 @@ def raise_memlock_limit(wanted_bytes: int, *, pid: int = 0) -> None:
     Args:
         pid: another process of the same user; 0 is this one.
     """
-    soft, hard = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= wanted_bytes:
+    _raise_limit(resource.RLIMIT_MEMLOCK, wanted_bytes, pid)
+
+
+def raise_descriptor_limit(wanted: int, *, pid: int = 0) -> None:
+    """Raise the soft limit of descriptors to `wanted`, as far as that is permitted.
+
+    Args:
+        pid: another process of the same user; 0 is this one.
+    """
+    _raise_limit(resource.RLIMIT_NOFILE, wanted, pid)
+
+
+def descriptor_limit() -> int:
+    """How many descriptors this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def descriptors_for_ciphertext(*, at_least: int) -> int:
+    """How many ciphertexts the daemon may have open at once; the rest of its limit is for others.
+
+    Args:
+        at_least: even where the limit leaves fewer.
+    """
+    return max(at_least, descriptor_limit() - _RESERVED_DESCRIPTORS)
+
+
+def _raise_limit(limit: int, wanted: int, pid: int) -> None:
+    soft, hard = resource.prlimit(pid, limit)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
-    reachable = wanted_bytes if hard == resource.RLIM_INFINITY else max(hard, wanted_bytes)
+    reachable = hard if hard == resource.RLIM_INFINITY else max(hard, wanted)
     with contextlib.suppress(ValueError, OSError):
-        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (wanted_bytes, reachable))
+        resource.prlimit(pid, limit, (wanted, reachable))
         return
     with contextlib.suppress(ValueError, OSError):
-        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (hard, hard))
+        resource.prlimit(pid, limit, (hard, hard))
 
 
 def report(*, memory_locked: bool, sandbox: SandboxReport | None = None) -> ProcessReport:

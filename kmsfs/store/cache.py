@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from kmsfs.decryptor.breaker import is_failure
-from kmsfs.decryptor.client import Plaintext
+from kmsfs.decryptor.client import MAX_CALLS, Plaintext
 from kmsfs.errors import (
     CiphertextInvalid,
     DeadlineExceeded,
@@ -22,6 +22,7 @@ from kmsfs.errors import (
     WorkerBug,
 )
 from kmsfs.events import Decrypted, DecryptFailed, EventSink, Wiped
+from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
 from kmsfs.settings import CacheSettings
 from kmsfs.store.ciphertext import FileVersion
@@ -64,6 +65,7 @@ class PlaintextCache:
         self._flights: dict[tuple[str, FileVersion], Flight] = {}
         # Those that nobody joins any more.
         self._outdated: set[Flight] = set()
+        self.max_decryptions: Final = process.descriptors_for_ciphertext(at_least=MAX_CALLS)
         self._waiting = 0
         self._nursery: trio.Nursery | None = None
         self._sweep_again = trio.Event()
@@ -109,8 +111,9 @@ class PlaintextCache:
         if entry is not None and not self._is_over(entry):
             return self._lease(entry), True
         error = self._impossible(file)
-        # A plaintext past its time may still be served: to know that takes asking KMS.
-        if error is not None and (entry is None or file.problem):
+        # Others may wait for it already; or it may be served stale, if KMS cannot be asked.
+        is_tried = entry is not None or (file.path, file.version) in self._flights
+        if error is not None and (file.problem or not is_tried):
             self.history.note_failure(file.path, error)
             raise error
         if self._waiting >= MAX_WAITING:
@@ -203,9 +206,7 @@ class PlaintextCache:
         """Why a file cannot be decrypted now, whatever KMS says."""
         if file.problem:
             return CiphertextInvalid(file.problem)
-        is_asked_for = (file.path, file.version) in self._flights
-        is_too_large = file.size_bytes > self._settings.max_file_bytes
-        if not file.size_exact or is_asked_for or is_too_large:
+        if not file.size_exact or file.size_bytes > self._settings.max_file_bytes:
             return None
         # What is on its way into the cache may be closed by then, and leave.
         in_use = [entry.slot for entry in self._entries if entry.leases]
@@ -217,6 +218,11 @@ class PlaintextCache:
         key = (file.path, file.version)
         flight = self._flights.get(key)
         if flight is None:
+            if len(self._flights) + len(self._outdated) >= self.max_decryptions:
+                raise TooManyWaiting(
+                    f"no descriptors for more than {self.max_decryptions} files at once",
+                    hint="raise the limit of descriptors (LimitNOFILE, ulimit -n)",
+                )
             assert self._nursery is not None, "run() is not running"
             flight = self._flights[key] = Flight(file)
             self._nursery.start_soon(self._fly, flight, deadline)

@@ -38,6 +38,8 @@ class RemoteOpener:
             try:
                 wire.send(self._sock, wire.OpenSource(path=path, flags=flags))
                 message, fd = wire.receive(self._sock)
+            except wire.DescriptorLostError:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path) from None
             except wire.WireError:
                 self._failed = True
                 raise OSError(errno.EIO, os.strerror(errno.EIO), path) from None

@@ -140,7 +140,11 @@ class Source:
         return SourceDirectory(path=path, mtime_ns=info.st_mtime_ns)
 
     def lookup(self, directory: str, name: str) -> SourceNode | None:
-        """What is served as `name` in a directory; None if nothing is."""
+        """What is served as `name` in a directory; None if nothing is.
+
+        Raises:
+            SourceUnreadable: no descriptor is left to look with.
+        """
         path = join(directory, name)
         found = [
             node
@@ -303,6 +307,12 @@ class Source:
                     raise
                 return self._open_for_us(path, flags)
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    # Not to be taken for a file that is not there.
+                    raise SourceUnreadable(
+                        f"{path}: {error.strerror}",
+                        hint="raise the limit of descriptors (LimitNOFILE, ulimit -n)",
+                    ) from None
                 # A rename somewhere raced with the resolution of `..` in a link.
                 if error.errno != errno.EAGAIN:
                     raise

@@ -7,6 +7,7 @@ import signal
 
 from kmsfs import libc
 from kmsfs.memory import process
+from kmsfs.store.cache import MAX_WAITING
 from tests.support import forked
 from tests.support.process_facts import locked_kib, mapping_flags
 
@@ -108,6 +109,33 @@ def test_the_limit_is_raised_as_far_as_permitted() -> None:
             (2 << 20, 4 << 20),
             (4 << 20, 4 << 20),
         )
+
+    assert forked.holds(check)
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_permitted() -> None:
+    def check() -> bool:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 400))
+        forked.become_nobody()
+        process.raise_descriptor_limit(300)
+        within = resource.getrlimit(resource.RLIMIT_NOFILE)
+        process.raise_descriptor_limit(250)
+        never_lowered = resource.getrlimit(resource.RLIMIT_NOFILE)
+        process.raise_descriptor_limit(1024)
+        beyond = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (within, never_lowered, beyond) == ((300, 400), (300, 400), (400, 400))
+
+    assert forked.holds(check)
+
+
+def test_a_daemon_with_all_its_descriptors_has_one_for_each_open_that_may_wait() -> None:
+    def check() -> bool:
+        process.raise_descriptor_limit(process.DAEMON_DESCRIPTORS)
+        enough = process.descriptors_for_ciphertext(at_least=8) >= MAX_WAITING
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+        fewer = process.descriptors_for_ciphertext(at_least=8)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+        return enough and fewer == 44 and process.descriptors_for_ciphertext(at_least=8) == 8
 
     assert forked.holds(check)
 

@@ -365,6 +365,29 @@ async def test_only_so_many_may_wait(
 
 
 @pytest.mark.trio
+async def test_only_as_many_are_decrypted_at_once_as_there_are_descriptors_for(
+    site: Open, mock_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with site() as s, trio.open_nursery() as nursery:
+        monkeypatch.setattr(s.cache, "max_decryptions", 2)
+        s.gate = trio.Event()
+        nursery.start_soon(s.open_and_close, file("a"))
+        nursery.start_soon(s.open_and_close, file("b"))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(TooManyWaiting, match="descriptors"):
+            await s.open(file("c"))
+        # It needs none of its own.
+        nursery.start_soon(s.open_and_close, file("b"))
+        await trio.testing.wait_all_tasks_blocked()
+        s.cache.retire("")
+        with pytest.raises(TooManyWaiting):
+            await s.open(file("a"))
+        s.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not await s.open_and_close(file("c"))
+
+
+@pytest.mark.trio
 async def test_a_known_problem_is_told_without_decrypting(site: Open, mock_clock: Clock) -> None:
     async with site() as s:
         with pytest.raises(CiphertextInvalid, match="truncated"):

@@ -2,14 +2,17 @@
 
 import errno
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kmsfs.decryptor import wire
 from kmsfs.launcher.opener import SourceOpener
 from kmsfs.store.opener import RemoteOpener
+from tests.support.limits import no_descriptor_left
 from tests.support.process_facts import open_fds
 
 
@@ -74,6 +77,19 @@ def test_nothing_outside_the_source_is_opened(answering: Answering, path: str) -
 def test_what_is_not_there_is_said(answering: Answering) -> None:
     with pytest.raises(FileNotFoundError):
         answering.ask("dir/none", os.O_RDONLY)
+
+
+def test_without_a_descriptor_left_one_file_cannot_be_opened_and_the_next_can(
+    tmp_path: Path,
+) -> None:
+    launcher, daemon = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ask = RemoteOpener(daemon)
+    with launcher, daemon, (tmp_path / "file").open("wb") as file:
+        wire.send(launcher, wire.SourceOpened(), [file.fileno()])
+        with no_descriptor_left(), pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            ask("file", os.O_RDONLY)
+        wire.send(launcher, wire.SourceOpened(), [file.fileno()])
+        os.close(ask("file", os.O_RDONLY))
 
 
 def test_a_launcher_that_is_gone_is_an_error_from_then_on(tmp_path: Path) -> None:
