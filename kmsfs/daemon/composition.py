@@ -24,6 +24,7 @@ from kmsfs.memory import process
 from kmsfs.memory.arena import Arena
 from kmsfs.memory.sandbox import SandboxReport
 from kmsfs.settings import MountConfig
+from kmsfs.store.cache import MAX_WAITING
 from kmsfs.store.opener import RemoteOpener
 from kmsfs.store.source import Source
 from kmsfs.store.volume import Volume
@@ -116,6 +117,12 @@ class Daemon:
             self._client,
             self._events,
         )
+        if self._volume.cache.max_decryptions < MAX_WAITING:
+            log.warning(
+                "%d descriptors are allowed: at most %d files can be decrypted at once",
+                process.descriptor_limit(),
+                self._volume.cache.max_decryptions,
+            )
         self._events.sinks = [eventlog.LogSink()]
         self._audit: Audit | None = None
         if config.audit is not None and handed.audit is not None:

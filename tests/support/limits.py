@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    """In this process: what is open stays open, and nothing else can be opened."""
+def no_descriptor_left(*, but: int = 0) -> Iterator[None]:
+    """In this process: what is open stays open, and nothing else can be opened.
+
+    Args:
+        but: so many that can.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    free = [os.dup(0) for _ in range(but + 1)]
+    for fd in free:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
     try:
         yield
     finally:

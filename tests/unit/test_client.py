@@ -34,6 +34,7 @@ from kmsfs.memory.arena import Arena
 from tests.support import scripted_zygote
 from tests.support.events import Recorder
 from tests.support.eventually import eventually
+from tests.support.limits import no_descriptor_left
 from tests.support.process_facts import locked_kib, open_fds
 from tests.support.secret_memory import content_of
 
@@ -227,6 +228,25 @@ async def test_a_plaintext_without_room_is_an_error_of_its_own_request(site: Ope
             await s.decrypt()
         s.path.write_bytes(CIPHERTEXT)
         assert await s.decrypt_and_wipe() == PLAINTEXT
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("left", [0, 2])
+async def test_without_descriptors_a_request_fails_and_the_zygote_is_kept(
+    site: Open, left: int
+) -> None:
+    async with site(["serve"]) as s:
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        await s.client.workers.end_all()
+        with s.path.open("rb") as file:
+            version = version_of(file.fileno())
+            rules = DecryptRules(place=Place(None, "file"))
+            with no_descriptor_left(but=left), pytest.raises(WorkerFailed, match="no new process"):
+                await s.client.decrypt(
+                    file.fileno(), rules, version, key="key", deadline=trio.current_time() + 20
+                )
+        assert await s.decrypt_and_wipe() == PLAINTEXT
+        assert len(s.zygotes) == 1
 
 
 @pytest.mark.trio
