@@ -198,7 +198,8 @@ def _spawn(argv: tuple[str, ...], environment: dict[str, str]) -> Child:
             file_actions=[(os.POSIX_SPAWN_DUP2, null_fd, fd) for fd in (0, 1, 2)],
             setpgroup=0,
             setsigmask=(),
-            setsigdef=[*children.CAUGHT_SIGNALS, signal.SIGPIPE],
+            # Python ignores the last two, and what is ignored stays so.
+            setsigdef=[*children.CAUGHT_SIGNALS, signal.SIGPIPE, signal.SIGXFSZ],
         )
     return Child(pid, os.pidfd_open(pid))
 

@@ -2,6 +2,8 @@
 
 import os
 import select
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +134,36 @@ def test_changes_while_a_hook_runs_run_it_once_more_after(tmp_path: Path) -> Non
     assert running.hooks.pause_ms() is None
 
 
+def test_a_hook_that_is_due_while_it_runs_is_not_started_beside_itself(tmp_path: Path) -> None:
+    running = Running(("sleep", "60"))
+    running.hooks.note({0: 1})
+    running.until(lambda: running.hooks.fds() != [])
+    first = running.hooks.fds()
+    running.hooks.note({0: 1})
+    due_at = time.monotonic() + 0.3
+    running.until(lambda: time.monotonic() > due_at)
+    assert running.hooks.fds() == first
+    running.hooks.end()
+
+
+def test_a_hook_has_no_signal_ignored_or_blocked(tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    running = Running(("bash", "-c", f"grep -E '^Sig(Blk|Ign)' /proc/self/status >{masks}"))
+    running.hooks.note({0: 1})
+    # Like the launcher: Python ignores two, and whoever started it may have blocked others.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        running.until_reported(1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    found = {line.split()[0]: int(line.split()[1], 16) for line in masks.read_text().splitlines()}
+    # Those above are the C library's own.
+    assert {name: mask & ((1 << 31) - 1) for name, mask in found.items()} == {
+        "SigBlk:": 0,
+        "SigIgn:": 0,
+    }
+
+
 def test_a_hook_that_runs_holds_no_other_up(tmp_path: Path) -> None:
     running = Running(("sleep", "60"), ("true",))
     running.hooks.note({0: 1, 1: 1})
@@ -150,6 +182,43 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_group(
     assert (report.failures, report.problem) == (1, "killed: it took more than 0 s")
     for pid in pids.read_text().split():
         wait_gone(int(pid))
+
+
+def test_a_hook_that_has_left_its_group_is_killed_and_awaited_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher_hooks, "TIMEOUT_S", 0.5)
+    left = tmp_path / "left"
+    leave = f"os.setpgid(0, {os.getpgid(0)}); open({str(left)!r}, 'w').close(); time.sleep(60)"
+    running = Running((sys.executable, "-c", f"import os, time; {leave}"))
+    running.hooks.note({0: 1})
+    running.until(left.exists)
+    (pidfd,) = running.hooks.fds()
+
+    def is_killed() -> bool:
+        return bool(select.select([pidfd], [], [], 0)[0])
+
+    deadline = time.monotonic() + _WAIT_S
+    while not is_killed():
+        assert time.monotonic() < deadline
+        running.hooks.attend()
+        if not is_killed() and running.hooks.pause_ms() is None:
+            # Killed, and all there is to wait for is its end.
+            select.select([pidfd], [], [], _WAIT_S)
+    assert running.until_reported(1).failures == 1
+
+
+def test_once_a_hook_is_killed_only_its_end_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher_hooks, "TIMEOUT_S", 0.0)
+    monkeypatch.setattr(launcher_hooks, "_kill_group", lambda _child: None)
+    running = Running(("sleep", "0.5"))
+    running.hooks.note({0: 1})
+    running.until(lambda: running.hooks.fds() != [])
+    running.hooks.attend()
+    assert running.hooks.pause_ms() is None
+    assert "took more than" in running.until_reported(1).problem
 
 
 def test_what_a_hook_leaves_in_its_group_ends_with_it(tmp_path: Path) -> None:
