@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 from kmsfs.decryptor.client import DecryptorClient, Plaintext
@@ -12,7 +12,7 @@ from kmsfs.memory.arena import Arena
 from kmsfs.settings import CacheSettings, MountConfig, Ownership
 from kmsfs.store.ciphertext import FileVersion
 from kmsfs.store.names import join
-from kmsfs.store.source import Source, SourceFile
+from kmsfs.store.source import Source, SourceFile, Survey
 from kmsfs.store.volume import Volume
 
 
@@ -47,11 +47,17 @@ class ScriptedSource:
         files: what lies where, to be changed by the test.
         looked_up: told what an open finds at its path, just before it asks the cache.
         size_of: the size of a plaintext where the outside tells it, else None.
+        problems: by path, what is seen to be the matter with a file from outside.
+        surveys: how often all of it was walked.
+        root: a directory that exists, where something watches it.
     """
 
     files: dict[str, Ciphertext]
     looked_up: Callable[[Ciphertext], None]
     size_of: Callable[[Ciphertext], int | None]
+    problems: dict[str, str] = field(default_factory=dict)
+    surveys: int = 0
+    root: str = "/"
     is_local: Final = True
 
     def lookup(self, directory: str, name: str) -> SourceFile | None:
@@ -60,6 +66,15 @@ class ScriptedSource:
         if found is None:
             return None
         self.looked_up(found)
+        return self._file(found)
+
+    def survey(self) -> Survey:
+        """See `Source.survey`."""
+        self.surveys += 1
+        files = tuple(self._file(self.files[path]) for path in sorted(self.files))
+        return Survey(files=files, directories=(), unreadable=(), ignored=())
+
+    def _file(self, found: Ciphertext) -> SourceFile:
         size_bytes = self.size_of(found)
         return SourceFile(
             path=found.path,
@@ -71,6 +86,7 @@ class ScriptedSource:
             key="key",
             bound=True,
             suffix_taken=False,
+            problem=self.problems.get(found.path, ""),
         )
 
     def open_ciphertext(self, source_path: str) -> tuple[int, FileVersion]:
@@ -101,16 +117,21 @@ def scripted_volume(
     decryptor: Decryptor,
     *,
     arena: Arena,
-    cache: CacheSettings,
     events: EventSink,
+    cache: CacheSettings | None = None,
+    config: MountConfig | None = None,
 ) -> Volume:
-    """A volume whose cache is the caller's to run, and to lock by itself."""
-    config = MountConfig(
+    """A volume whose cache is the caller's to run, and to lock by itself.
+
+    Args:
+        config: the whole of it, else `cache` is enough.
+    """
+    config = config or MountConfig(
         source="/s",
         mountpoint="/m",
         volume_root="/s",
         ownership=Ownership(uid=0, gid=0),
-        cache=cache,
+        cache=cache or CacheSettings(),
     )
     client = _ScriptedClient(source, decryptor)
     return Volume(config, cast(Source, source), arena, cast(DecryptorClient, client), events)

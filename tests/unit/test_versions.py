@@ -39,6 +39,7 @@ def test_where_older_versions_are_allowed_nothing_is_refused() -> None:
     seen = SeenVersions(allow_older=True)
     see(seen, "a", 9)
     see(seen, "a", 1)
+    assert seen.known() == {"a": 9}
 
 
 def test_one_older_version_is_accepted_and_is_the_highest_from_then_on() -> None:
