@@ -14,8 +14,8 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from kmsfs.errors import AuditFailed, KmsfsError, SourceMissing
-from kmsfs.events import Event, EventSink, Opened, OpenRefused
+from kmsfs.errors import KmsfsError, SourceMissing
+from kmsfs.events import Event, EventSink, OpenRefused
 from kmsfs.libc import PAGE_BYTES
 from kmsfs.memory.mapping import LockedMapping
 from kmsfs.store.known import KnownTree
@@ -23,6 +23,7 @@ from kmsfs.store.source import SourceDirectory, SourceFile, SourceNode
 from kmsfs.store.volume import OpenedFile, Volume
 from kmsfs.views import fuse_loop, fuse_xattrs
 from kmsfs.views.fuse_pages import KernelPages
+from kmsfs.views.fuse_record import opened_by, record_open
 from kmsfs.views.inodes import ROOT_NUMBER, Inode, InodeTable, same_version
 from kmsfs.views.prefetch import Prefetch, open_once
 from kmsfs.views.serving import Auditor, HeldFile, Progress, Ready
@@ -277,17 +278,18 @@ class FuseView(pyfuse3.Operations):
         who = {"uid": ctx.uid, "gid": ctx.gid, "pid": ctx.pid}
         try:
             opened = await self._volume.open_file(known.path, deadline)
-            event = self._opened(opened, who)
-            await self._recorded(opened, event, deadline)
+            event = opened_by(opened, self._volume, **who)
+            await record_open(event, opened, self._audit, deadline)
         except KmsfsError as error:
             self._events.emit(OpenRefused(path=known.path, error=error.code, **who))
             if isinstance(error, SourceMissing):
                 raise FUSEError(errno.ESTALE) from None
             raise
-        if known.opens and not same_version(known, opened.file):
-            # The kernel looks the name up again on ESTALE, and finds the new version's number.
+        try:
+            await self._make_way_for(known, opened.file)
+        except BaseException:
             opened.lease.close()
-            raise FUSEError(errno.ESTALE)
+            raise
         known.node = opened.file
         known.opens += 1
         handle = next(self._next_handle)
@@ -295,30 +297,20 @@ class FuseView(pyfuse3.Operations):
         self._events.emit(event)
         return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
 
-    def _opened(self, opened: OpenedFile, who: dict[str, int]) -> Opened:
-        path = opened.file.path
-        success = self._volume.history.success_of(opened.file)
-        return Opened(
-            path=path,
-            from_cache=opened.from_cache,
-            stale=opened.from_cache and self._volume.cache.is_stale(path),
-            age_s=0.0 if success is None else round(success.age_s, 3),
-            **who,
-        )
+    async def _make_way_for(self, known: Inode, file: SourceFile) -> None:
+        """Have an inode's number ready to stand for the version that is being opened.
 
-    async def _recorded(self, opened: OpenedFile, event: Opened, deadline: float) -> None:
-        """Have an open recorded, or its lease closed."""
-        if self._audit is None:
-            return
-        try:
-            with trio.fail_at(deadline):
-                await self._audit.admit(event)
-        except trio.TooSlowError:
-            opened.lease.close()
-            raise AuditFailed("the open was not recorded within its deadline") from None
-        except BaseException:
-            opened.lease.close()
-            raise
+        The kernel still believes the size of the version that it was told of last: a program
+        that asks for it after the open would cut the file short, or map what is not there.
+        """
+        while not same_version(known, file):
+            if known.opens:
+                # The kernel looks the name up again on ESTALE, and finds the new version's number.
+                raise FUSEError(errno.ESTALE)
+            believed = known.node
+            await self._pages.forget_attributes(known.number)
+            if known.opens == 0 and known.node is believed:
+                return
 
     # No await between filling the reply buffer and returning: pyfuse3 replies without a
     # checkpoint, so nothing else can touch the buffer meanwhile.

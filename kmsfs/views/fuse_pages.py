@@ -69,10 +69,22 @@ class KernelPages:
                 names.append((parent, name.encode()))
         await trio.to_thread.run_sync(_invalidate, numbers, names, abandon_on_cancel=True)
 
+    async def forget_attributes(self, number: int) -> None:
+        """Have the kernel ask for an inode's attributes again, the size among them."""
+        await trio.to_thread.run_sync(
+            _call_each,
+            [functools.partial(pyfuse3.invalidate_inode, number, attr_only=True)],
+            abandon_on_cancel=True,
+        )
+
 
 def _invalidate(numbers: list[int], names: Iterable[tuple[int, bytes]] = ()) -> None:
     calls = [functools.partial(pyfuse3.invalidate_inode, number) for number in numbers]
     calls += [functools.partial(pyfuse3.invalidate_entry, *name) for name in names]
+    _call_each(calls)
+
+
+def _call_each(calls: list[functools.partial[None]]) -> None:
     for call in calls:
         try:
             call()

@@ -1,8 +1,12 @@
-"""Inode numbers in the FUSE view: the same over changes and restarts."""
+"""Inode numbers and sizes in the FUSE view: the same over changes and restarts, and true."""
 
+import mmap
 import os
+from functools import partial
 
-from tests.support.mounts import wait_until
+import pytest
+
+from tests.support.mounts import MountedVolume, wait_until
 from tests.support.sites import Site
 
 
@@ -42,3 +46,33 @@ def test_a_replaced_file_keeps_its_inode_number_while_nobody_has_it_open(site: S
     site.encrypt("key", new)
     assert path.read_bytes() == new
     assert path.stat().st_ino == before
+
+
+@pytest.mark.parametrize("view", ["fuse"])
+@pytest.mark.parametrize("kind", ["bound", "bare"])
+def test_an_open_file_has_the_size_of_its_version_also_if_the_one_before_was_just_looked_at(
+    site: Site, kind: str
+) -> None:
+    site.make_volume("key")
+    site.append_config("[cache]\nidle_s = 0\n")
+    path = site.directory / "mnt" / "key"
+    volume = None
+    for number, size_bytes in enumerate((100, 3000, 50, 2000)):
+        content = site.secret(f"version {number}", size_bytes)
+        if kind == "bound":
+            site.encrypt("key", content)
+        else:
+            beside = site.directory / "beside"
+            beside.write_bytes(site.blob(content))
+            beside.rename(site.source / "key.encrypted")
+        volume = volume or site.mount()
+        with path.open("rb") as file:
+            assert os.fstat(file.fileno()).st_size == size_bytes
+            with mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
+                assert mapped[:] == content
+        wait_until(partial(is_wiped, volume), "it is wiped, and the kernel told of it")
+        assert path.stat().st_size == size_bytes
+
+
+def is_wiped(volume: MountedVolume) -> bool:
+    return volume.status()["cached"] == []
