@@ -325,7 +325,11 @@ def _requests(connection: socket.socket) -> Iterator[_Request]:
         lower = {name.lower(): value for name, value in headers}
         if lower.get("expect", "").lower() == "100-continue":
             connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = reader.exactly(int(lower.get("content-length", "0")))
+        length = int(lower.get("content-length", "0"))
+        body = reader.exactly(length)
+        if len(body) < length:
+            # Its client was killed. The service behind would wait for the rest, and we for it.
+            return
         operation = lower.get("x-amz-target", "").rpartition(".")[2]
         yield _Request(operation, _key_id(body), line, tuple(headers), body)
 
