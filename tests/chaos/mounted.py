@@ -27,12 +27,14 @@ class ChaosMount:
 
     Attributes:
         volume: for commands.
+        launcher_kills: how many were begun.
     """
 
     def __init__(self, site: Site, view: str, env: dict[str, str]) -> None:
         self._site = site
         self._view = view
         self._env = env
+        self.launcher_kills = 0
         self.volume = self._mount()
         self.launcher_pid = self.volume.launcher_pid
 
@@ -76,6 +78,7 @@ class ChaosMount:
         Raises:
             AssertionError: it could not be.
         """
+        self.launcher_kills += 1
         send(self.launcher_pid, signal.SIGKILL)
         self._await(lambda: self._mount_anew() == 0, "it can be mounted again")
         self.launcher_pid = self.volume.launcher_pid

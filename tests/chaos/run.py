@@ -105,11 +105,10 @@ def run(directory: Path, *, view: str, seed: int, seconds: float) -> Report:
         site = StrictSite(directory, env, keys[0].arn, kms.client(), mounter, kms, keys[0])
         site.make_volume(BARE_PATTERN, key_ids=tuple(key.arn for key in keys))
         site.append_config(_SETTINGS.format(ttl_s=_TTL_S[view]))
-        chaos = _Run(site, proxy, make_files(_BOUND, _BARE, keys), report)
         try:
+            chaos = _Run(site, proxy, make_files(_BOUND, _BARE, keys), report)
             chaos.go()
         finally:
-            chaos.table.stop()
             kms.heal()
             proxy.heal()
             report.problems.extend(mounter.clean_up())
@@ -128,13 +127,13 @@ class _Run:
         self._report = report
         self._contents = Contents([file.base_bytes for file in files])
         self._pause = select.poll()
-        self.table = Table.create(site.directory / "table", len(files))
+        self._table = Table.create(site.directory / "table", len(files))
         ciphertexts = Ciphertexts(site.source, site.directory / "staging")
         guard = threading.Lock()
         self._mutator = Mutator(
             files,
             ciphertexts,
-            self.table,
+            self._table,
             site.directory / "mnt",
             seed=f"{seed} mutator",
             seen_at_open=view == "fuse",
@@ -145,7 +144,7 @@ class _Run:
         fuse = view == "fuse"
         killer = Killer(
             self.mount,
-            self.table,
+            self._table,
             seed=f"{seed} killer",
             pause_s=0.8,
             rollback_guard=guard if fuse else None,
@@ -154,14 +153,14 @@ class _Run:
             site.kms,
             [file.key for file in files[:_KEYS]],
             proxy,
-            self.table,
+            self._table,
             seed=f"{seed} outages",
             pause_s=1.2,
         )
         operator = Operator(
             self.mount,
             files,
-            self.table,
+            self._table,
             seed=f"{seed} operator",
             pause_s=1.5,
             rollback_guard=None if fuse else guard,
@@ -185,7 +184,7 @@ class _Run:
             while (left_s := ends_at - time.monotonic()) > 0 and not self._report.problems:
                 self._round(min(_ROUND_S, left_s))
                 self._recover()
-            self.table.stop()
+            self._table.stop()
             self._collect(readers)
         for actor in self._actors:
             self._report.done.update(actor.done)
@@ -215,12 +214,12 @@ class _Run:
                     )
                     return
                 self._pause.poll(10)
-            self.table.files[file.index].floor = file.version
+            self._table.files[file.index].floor = file.version
         elapsed_s = time.monotonic() - started
         self._report.slowest_recovery_s = max(self._report.slowest_recovery_s, elapsed_s)
-        self.table.change_calm()
+        self._table.change_calm()
         self._pause.poll(_CALM_S * 1000)
-        self.table.change_calm()
+        self._table.change_calm()
 
     def _problem_with(self, file: ChaosFile) -> str | None:
         """What is wrong with a file; None if it is served in the version that is in place."""

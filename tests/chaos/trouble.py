@@ -275,10 +275,16 @@ class Operator(Troublemaker):
             return
         try:
             self._table.lock.begin()
-            self._mount.ask(control.LockRequest())
+            launcher_kills = self._mount.launcher_kills
+            was_locked = self._mount.ask(control.LockRequest()) is not None
             self._rest(self._chance.uniform(0.0, 0.8))
+            status = self._mount.status()
+            # Another launcher has mounted anew, which unlocks.
+            same_launcher = launcher_kills == self._mount.launcher_kills
             self._mount.unlock()
             self._table.lock.end()
+            if was_locked and same_launcher and status is not None:
+                assert status.locked, "it is not locked any more, and nobody unlocked it"
             self.done["locks"] += 1
         finally:
             if guard is not None:
