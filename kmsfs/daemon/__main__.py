@@ -22,6 +22,7 @@ import trio
 
 from kmsfs.admin import eventlog
 from kmsfs.daemon.composition import Daemon, Handed
+from kmsfs.daemon.lock_mark import LockMark
 from kmsfs.decryptor import wire
 from kmsfs.errors import ExitCode, KmsfsError
 from kmsfs.memory import process, sandbox
@@ -82,6 +83,7 @@ def _receive_handed(launcher: socket.socket) -> Handed:
     return Handed(
         config,
         listener=socket.socket(fileno=fds["control"]),
+        lock_mark=LockMark(fds["lock"]),
         opener=opener,
         audit=socket.socket(fileno=fds["audit"]) if "audit" in fds else None,
         mount_fd=fds["mount"],

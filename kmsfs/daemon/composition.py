@@ -16,6 +16,7 @@ from kmsfs.admin.audit import Audit
 from kmsfs.admin.status import named_problems
 from kmsfs.daemon import answers
 from kmsfs.daemon.hooks import Forget, HookWatch
+from kmsfs.daemon.lock_mark import LockMark
 from kmsfs.decryptor import channel, wire
 from kmsfs.decryptor.client import MAX_CALLS, MAX_CALLS_PER_KEY, DecryptorClient
 from kmsfs.errors import GuaranteeNotMet, KmsfsError
@@ -46,6 +47,7 @@ class Handed:
     """What the launcher hands over before the daemon begins.
 
     Attributes:
+        lock_mark: whether a daemon before this one was locked.
         opener: for a daemon that runs as an unprivileged user.
         audit: to the launcher, for a mount whose configuration has one.
         mount_fd: /dev/fuse, or the root of the ramfs.
@@ -54,6 +56,7 @@ class Handed:
 
     config: MountConfig
     listener: socket.socket
+    lock_mark: LockMark
     opener: RemoteOpener | None
     audit: socket.socket | None
     mount_fd: int
@@ -123,6 +126,8 @@ class Daemon:
                 process.descriptor_limit(),
                 self._volume.cache.max_decryptions,
             )
+        self._lock_mark = handed.lock_mark
+        self._volume.cache.locked = self._lock_mark.is_set
         self._events.sinks = [eventlog.LogSink()]
         self._audit: Audit | None = None
         if config.audit is not None and handed.audit is not None:
@@ -184,6 +189,7 @@ class Daemon:
 
     async def lock(self, by_uid: int) -> control.Locked:
         """Wipe everything, in the order that leaves no way for plaintext to come back."""
+        self._lock_mark.set(locked=True)
         wiped = len(self._volume.cache.held())
         wiped += len(self._view.shown) if isinstance(self._view, RamView) else 0
         held: tuple[HeldFile, ...] = ()
@@ -198,6 +204,7 @@ class Daemon:
     async def unlock(self, by_uid: int) -> control.Unlocked:
         """Serve again; a zygote is asked for at once, so that the first open finds it."""
         self._volume.unlock()
+        self._lock_mark.set(locked=False)
         self._hooks.look()
         self._want_zygote()
         self._events.emit(LockChanged(locked=False, by_uid=by_uid))

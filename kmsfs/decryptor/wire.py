@@ -128,15 +128,16 @@ class AskAnother(_Message, frozen=True):
     id: int
 
 
-Handed = Literal["config", "control", "opener", "audit", "mount"]
+Handed = Literal["config", "control", "lock", "opener", "audit", "mount"]
 
 
 class HandOver(_Message, frozen=True):
     """Launcher to daemon, with one of the descriptors that it needs to begin.
 
-    `config`: the mount's configuration as JSON; `control`: the listening control socket;
-    `opener`: where a daemon without permission asks for files of the source; `audit`: where it
-    sends what is to be recorded; `mount`, the last: /dev/fuse, mounted, or the root of the ramfs.
+    `config`: the mount's configuration as JSON; `control`: the listening control socket; `lock`:
+    memory that outlives the daemon, see `daemon.lock_mark`; `opener`: where a daemon without
+    permission asks for files of the source; `audit`: where it sends what is to be recorded;
+    `mount`, the last: /dev/fuse, mounted, or the root of the ramfs.
     """
 
     item: Handed

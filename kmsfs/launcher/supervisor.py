@@ -69,6 +69,7 @@ class Launcher:
         self._opened: OpenedMount | None = None
         self._control: ControlSocket | None = None
         self._servants: list[Servant] = []
+        self._lock_mark_fd = os.memfd_create("kmsfs-lock", os.MFD_CLOEXEC)
         self._stopping = False
         self._detached = False
         self._restarts: list[float] = []
@@ -186,6 +187,7 @@ class Launcher:
                 self._hand_over("control", listener.fileno())
             with children.memory_file(self._config) as config_fd:
                 self._hand_over("config", config_fd)
+            self._hand_over("lock", self._lock_mark_fd)
             for servant in servants_of(self._config):
                 self._servants.append(servant)
                 self._hand_over(servant.item, servant.daemon_end.fileno())

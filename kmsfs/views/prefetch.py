@@ -41,6 +41,9 @@ class Prefetch:
         Returns: with `require_all`, the files that could not be decrypted, with why not.
         Cancellation: leaves files that are being decrypted to others.
         """
+        if self._volume.cache.locked:
+            # It takes the place of a daemon that was locked, and has to be there to be unlocked.
+            return {}
         if self._require_all:
             survey = await self._volume.survey()
             return await open_once(self._volume, [file.path for file in survey.files], progress)

@@ -339,18 +339,19 @@ class RamView:
     # --- taking over ---------------------------------------------------------------------------
 
     def _take_over(self) -> None:
-        """Keep a killed process's files, if this one would have made the same; else none.
+        """Keep a killed process's files, if this one would make the same and it was not locked.
 
         Only on a mount of ours: into any other, somebody else could have put them.
         """
         mount = mounts.find_mount(self._config.mountpoint)
-        if mount is not None and mounts.is_ours(mount):
+        if mount is not None and mounts.is_ours(mount) and not self._volume.cache.locked:
             left = ram_state.read(self._tree, self._config)
             if left is not None:
                 self.shown, self._directories = left.files, left.directories
                 self._volume.versions.restore(left.versions)
                 self.is_published = True
-        self._tree.retire()
+        take_away = self._tree.empty if self._volume.cache.locked else self._tree.retire
+        take_away()
 
     # --- taking away ---------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kmsfs.errors import KmsfsError
 from kmsfs.views import mountpoint as mounts
 from tests.support.commands import KMSFS, run_kmsfs
 from tests.support.fault_proxy import Fault, FaultProxy
@@ -65,6 +66,34 @@ def test_a_killed_daemon_is_replaced_within_seconds(site: Site, content: bytes) 
     wait_until(lambda: strerror_of_cat(volume.path / "key") == "", "it serves again", _RESTARTED_S)
     print(f"replaced within {time.monotonic() - started:.2f} s")
     assert (volume.path / "key").read_bytes() == content
+
+
+@_VIEWS
+def test_what_was_locked_is_locked_after_the_daemon_was_replaced(
+    site: Site, content: bytes, view: str
+) -> None:
+    volume = site.mount("--require-all")
+    assert (volume.path / "key").read_bytes() == content
+    volume.kmsfs("lock", volume.path)
+    kill_daemon(volume)
+    wait_until(lambda: is_served(volume), "another daemon serves", _RESTARTED_S)
+    status = volume.status()
+    assert (status["locked"], status["cached"], status["worker_pids"]) == (True, [], [])
+    error = {"fuse": "Required key not available", "ramfs": "No such file or directory"}[view]
+    assert strerror_of_cat(volume.path / "key") == error
+    volume.kmsfs("unlock", volume.path)
+    assert (volume.path / "key").read_bytes() == content
+    kill_daemon(volume)
+    wait_until(lambda: is_served(volume), "another daemon serves", _RESTARTED_S)
+    assert not volume.status()["locked"]
+    assert (volume.path / "key").read_bytes() == content
+
+
+def is_served(volume: MountedVolume) -> bool:
+    """Whether a daemon answers."""
+    with contextlib.suppress(KmsfsError, AssertionError):
+        return bool(volume.status())
+    return False
 
 
 @pytest.mark.parametrize("option", [("--no-restart",), ("-o", "no_restart")])
