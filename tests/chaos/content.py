@@ -58,7 +58,3 @@ class Contents:
             found = content_of(index, version, self._base_sizes[index])
             self._kept[index, version] = found
         return found
-
-    def knows(self, index: int) -> bool:
-        """Whether there is such a file."""
-        return 0 <= index < len(self._base_sizes)

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from kmsfs.formats.binding import Place
-from kmsfs.keys.service import DataKey
+from kmsfs.keys.service import DataKey, KeyService
 from kmsfs.manage.encrypt import encrypt_bound
 from tests.chaos.content import TINY_BYTES, content_of
 from tests.support.sites import VOLUME
@@ -65,7 +65,7 @@ class ChaosFile:
             version,
             key_id=self.key.arn,
             encryption_context={},
-            keys=_KeyItself(self.key),
+            keys=cast(KeyService, _KeyItself(self.key)),
         ).ciphertext
 
 
