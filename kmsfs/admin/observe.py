@@ -45,7 +45,7 @@ async def gather(
     sandbox: SandboxReport,
     ram: RamStatus | None,
 ) -> MountStatus:
-    """The mount as it is now.
+    """The mount as it is now, but for what others than these know of it.
 
     Args:
         sandbox: what confines the daemon.
@@ -58,6 +58,8 @@ async def gather(
     greeting = client.workers.greeting
     daemon = report(memory_locked=False, sandbox=sandbox)
     unbound = [file.path for file in survey.files if not file.bound and volume.may_be_unbound(file)]
+    failing = _failing(volume, survey.files)
+    stale_count = sum(entry.stale for entry in held) if ram is None else len(ram.stale)
     kinds = tuple(sorted(volume.cache.memory_kinds()))
     return MountStatus(
         mountpoint=config.mountpoint,
@@ -76,13 +78,17 @@ async def gather(
         unbound_count=len(unbound),
         unbound=tuple(unbound[:_MAX_NAMED]),
         away=_away(client),
-        failing=_failing(volume, survey.files)[:_MAX_NAMED],
+        failing_count=len(failing),
+        failing=failing[:_MAX_NAMED],
+        stale_count=stale_count,
+        cached_count=len(held),
         cached=tuple(
             CachedPlaintext(
                 path=entry.path,
                 size_bytes=entry.size_bytes,
                 age_s=round(entry.age_s, 3),
                 open_by=entry.leases,
+                stale=entry.stale,
             )
             for entry in held[:_MAX_NAMED]
         ),

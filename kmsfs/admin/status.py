@@ -19,12 +19,17 @@ class NamedProblem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CachedPlaintext(msgspec.Struct, frozen=True, kw_only=True):
-    """A plaintext that is in locked memory now."""
+    """A plaintext that is in locked memory now.
+
+    Attributes:
+        stale: past its `ttl_s`: the next open asks KMS, and gets this only if that fails.
+    """
 
     path: str
     size_bytes: int
     age_s: float
     open_by: int
+    stale: bool
 
 
 class AwayKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,9 +168,10 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         view_reason: why it is not the FUSE view, where that would have been taken.
         ram: what only the ramfs view has.
-        served, ignored_count, unbound_count: numbers of files.
+        served: number of files; so is each `…_count`, where the lists name the first of many.
         failing: files whose last open failed, or that can never be decrypted.
         unbound: files served although they are not bound to their place.
+        stale_count: plaintexts past their time, which are served only while KMS cannot be asked.
         away: keys whose circuit breaker is open.
         budget_bytes: what plaintexts may take of locked memory; `max_bytes` is configured.
         plaintext_in: the kinds of memory that plaintexts lie in.
@@ -183,7 +189,10 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     ignored: tuple[NamedProblem, ...]
     unbound_count: int
     unbound: tuple[str, ...]
+    failing_count: int
     failing: tuple[NamedProblem, ...]
+    stale_count: int
+    cached_count: int
     cached: tuple[CachedPlaintext, ...]
     cached_bytes: int
     budget_bytes: int

@@ -41,7 +41,7 @@ def _mount(record: MountStatus) -> str:
         f"{record.mountpoint}: {record.source} ({record.view} view{volume})",
         f"  state    {'LOCKED' if record.locked else 'serving'}",
         f"  served   {_files(record.served)}",
-        f"  cached   {_files(len(record.cached))}, {used} bytes",
+        f"  cached   {_files(record.cached_count)}, {used} bytes",
     ]
     if record.view_reason:
         lines.insert(1, f"  view     ramfs, since FUSE cannot be used: {record.view_reason}")
@@ -53,11 +53,19 @@ def _mount(record: MountStatus) -> str:
         + (f" {entry.open_by} times" if entry.open_by > 1 else "")
         for entry in record.cached
     ]
+    if record.ram is None and record.stale_count:
+        lines.append(
+            f"  stale    {_files(record.stale_count)}, held past ttl_s: "
+            "served only while KMS cannot be asked again"
+        )
+        lines += [
+            f"    {entry.path}: {entry.age_s:.0f} s old" for entry in record.cached if entry.stale
+        ]
     lines.append(f"  ignored  {_files(record.ignored_count)}")
     lines += [f"    {item.path}: {item.reason}" for item in record.ignored]
     lines.append(f"  unbound  {_files(record.unbound_count)}")
     lines += [f"    {path}" for path in record.unbound]
-    lines.append(f"  failing  {_files(len(record.failing))}")
+    lines.append(f"  failing  {_files(record.failing_count)}")
     for item in record.failing:
         lines.append(f"    {item.path}: {item.reason}")
         if item.hint:

@@ -177,6 +177,7 @@ class PlaintextCache:
                 age_s=now - entry.ready_at,
                 leases=entry.leases,
                 current=entry.current,
+                stale=entry.current and self._is_over(entry),
             )
             for entry in sorted(self._entries, key=lambda e: e.path)
         ]

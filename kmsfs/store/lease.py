@@ -11,13 +11,19 @@ from kmsfs.store.ciphertext import FileVersion
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:
-    """One plaintext held now."""
+    """One plaintext held now.
+
+    Attributes:
+        current: whether the next open may be served from it.
+        stale: whether that open asks KMS first, its time being over.
+    """
 
     path: str
     size_bytes: int
     age_s: float
     leases: int
     current: bool
+    stale: bool
 
 
 @dataclass(eq=False, slots=True)
