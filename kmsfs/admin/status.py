@@ -116,6 +116,38 @@ class UnattendedStatus(msgspec.Struct, frozen=True, kw_only=True):
     attended: bool = False
 
 
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened in a mount since its daemon began; a daemon that is replaced begins at zero.
+
+    Attributes:
+        opens_from_memory: opens of a plaintext that was there, within its time.
+        opens_after_decryption: opens that waited for KMS.
+        opens_stale: opens served past their time, since KMS could not be asked again.
+        opens_refused: opens that failed, by the name of the error. Opens are counted in the FUSE
+            view alone: those of a ramfs are the kernel's.
+        decryption_s: how long the decryptions took, all together.
+        decrypted_bytes: of plaintext.
+        decryptions_failed: by the name of the error.
+        wiped: plaintexts in locked memory that were overwritten, by reason.
+        workers_lost: decrypting processes that ended in the middle of a request.
+        breakers_opened: how often a key was found to be away.
+        published: how often the ramfs showed a new set of files.
+    """
+
+    opens_from_memory: int = 0
+    opens_after_decryption: int = 0
+    opens_stale: int = 0
+    opens_refused: dict[str, int] = {}
+    decryptions: int = 0
+    decryption_s: float = 0.0
+    decrypted_bytes: int = 0
+    decryptions_failed: dict[str, int] = {}
+    wiped: dict[str, int] = {}
+    workers_lost: int = 0
+    breakers_opened: int = 0
+    published: int = 0
+
+
 class FileReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the last open of a file met; in the ramfs view, the last decryption of it.
 
@@ -177,6 +209,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
         plaintext_in: the kinds of memory that plaintexts lie in.
         weaknesses: guarantees that do not hold, in words.
         hooks: what is run when served files change.
+        counters: what happened since the daemon began.
     """
 
     mountpoint: str
@@ -211,3 +244,4 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     away: tuple[AwayKey, ...] = ()
     audit: AuditStatus | None = None
     max_bytes: int = 0
+    counters: Counters = Counters()

@@ -13,6 +13,7 @@ import trio
 
 from kmsfs.admin import control, control_server, eventlog, observe
 from kmsfs.admin.audit import Audit
+from kmsfs.admin.metrics import Metrics
 from kmsfs.admin.status import named_problems
 from kmsfs.daemon import answers
 from kmsfs.daemon.hooks import Forget, HookWatch
@@ -137,7 +138,8 @@ class Daemon:
             self._events.emit(ConfinementWeak("the daemon", sandbox.gaps))
         self._view, forget = self._make_view(handed.mount_fd)
         self._hooks = HookWatch(config, self._volume, self._view, forget=forget, say=self._say)
-        self._events.sinks.append(self._hooks)
+        self._metrics = Metrics()
+        self._events.sinks += [self._hooks, self._metrics]
 
     def _make_view(self, mount_fd: int) -> tuple[View, Forget | None]:
         if self._config.view == "ramfs":
@@ -219,8 +221,12 @@ class Daemon:
                 status = await observe.gather(
                     self._config, self._volume, self._client, self._sandbox, ram
                 )
-                audit = None if self._audit is None else self._audit.status
-                status = msgspec.structs.replace(status, hooks=self._hooks.status, audit=audit)
+                status = msgspec.structs.replace(
+                    status,
+                    hooks=self._hooks.status,
+                    audit=None if self._audit is None else self._audit.status,
+                    counters=self._metrics.counters,
+                )
                 return control.StatusAnswer(status=status)
             case control.LockRequest():
                 return await self.lock(uid)
