@@ -21,24 +21,33 @@ if TYPE_CHECKING:
 @click.option(
     "--security", is_flag=True, help="Show how well each promise holds, with its evidence."
 )
+@click.option(
+    "--metrics", is_flag=True, help="Write counters and gauges, in the text format of Prometheus."
+)
 @json_option
-def status(mountpoint: str | None, *, security: bool, as_json: bool) -> int:
-    """Show what is served, ignored, unbound, failing, cached and locked.
+def status(mountpoint: str | None, *, security: bool, metrics: bool, as_json: bool) -> int:
+    """Show what is served, ignored, unbound, failing, cached, stale and locked.
 
-    Without MOUNTPOINT, every mount that answers this user is shown.
+    Without MOUNTPOINT, every mount that answers this user is shown. Metrics are those of the
+    mounts, with kmsfs_up 0 for one that does not answer; counters begin with its daemon.
     """
     import msgspec
 
     from kmsfs.cli import mounts
     from kmsfs.cli.status_text import as_text
 
+    if metrics and (security or as_json):
+        other = "--security" if security else "--json"
+        raise UsageInvalid(f"--metrics and {other} contradict each other")
     found = [mounts.find(mountpoint)] if mountpoint is not None else mounts.find_all()
+    if metrics:
+        return _write_metrics(found, only=mountpoint is not None)
     records: list[MountStatus | UnattendedStatus | SecurityReport] = []
     failed = False
     for mount in found:
         try:
-            records.append(_look_at(mount, security=security))
-        except ControlUnavailable as error:
+            records.append(_security_of(mount) if security else _look_at(mount))
+        except KmsfsError as error:
             if mountpoint is not None:
                 raise
             messages.failure(error, about=mount.mountpoint)
@@ -53,23 +62,54 @@ def status(mountpoint: str | None, *, security: bool, as_json: bool) -> int:
     return ExitCode.SOME_FAILED if failed else ExitCode.DONE
 
 
-def _look_at(
-    mount: "Mount", *, security: bool
-) -> "MountStatus | UnattendedStatus | SecurityReport":
-    from kmsfs.admin import control
-    from kmsfs.admin.security import assess
+def _write_metrics(found: "list[Mount]", *, only: bool) -> int:
+    """Write the metrics of mounts, also where one does not answer: that is one of them.
+
+    Args:
+        only: whether it is one that the user named.
+    """
+    from kmsfs.cli.status_metrics import Silent, as_exposition
+    from kmsfs.views.mountpoint import FS_TYPE
+
+    records: list[MountStatus | UnattendedStatus | Silent] = []
+    exit_code = ExitCode.DONE
+    for mount in found:
+        try:
+            records.append(_look_at(mount))
+        except KmsfsError as error:
+            messages.failure(error, about=mount.mountpoint)
+            view = "fuse" if mount.fs_type == FS_TYPE else "ramfs"
+            records.append(Silent(mountpoint=mount.mountpoint, view=view))
+            exit_code = error.exit_code if only else ExitCode.SOME_FAILED
+    click.echo(as_exposition(records), nl=False)
+    return exit_code
+
+
+def _look_at(mount: "Mount") -> "MountStatus | UnattendedStatus":
     from kmsfs.admin.status import UnattendedStatus
     from kmsfs.views.mountpoint import RAM_SOURCE_PREFIX, is_ram_of_ours
 
     try:
-        answer = control.call(mount.device, os.geteuid(), control.StatusRequest())
+        return _status_of(mount)
     except ControlUnavailable:
-        if security or os.geteuid() != 0 or not is_ram_of_ours(mount):
+        if os.geteuid() != 0 or not is_ram_of_ours(mount):
             raise
         source = mount.source.removeprefix(RAM_SOURCE_PREFIX)
         return UnattendedStatus(mountpoint=mount.mountpoint, source=source)
+
+
+def _security_of(mount: "Mount") -> "SecurityReport":
+    from kmsfs.admin.security import assess
+
+    return assess(_status_of(mount), mount.device)
+
+
+def _status_of(mount: "Mount") -> "MountStatus":
+    from kmsfs.admin import control
+
+    answer = control.call(mount.device, os.geteuid(), control.StatusRequest())
     assert isinstance(answer, control.StatusAnswer)
-    return assess(answer.status, mount.device) if security else answer.status
+    return answer.status
 
 
 @click.command()

@@ -52,12 +52,11 @@ def _ours_at(path: str) -> mounts.Mount | None:
 
 
 def find_all() -> list[mounts.Mount]:
-    """Every filesystem that kmsfs mounted or fills, once."""
-    found = {
-        mount.device: mount
-        for mount in mounts.mount_table()
-        if mounts.is_ours(mount) or _is_attended(mount)
-    }
+    """Every filesystem that kmsfs mounted or fills, once: where it was mounted first."""
+    found: dict[str, mounts.Mount] = {}
+    for mount in mounts.mount_table():
+        if mount.device not in found and (mounts.is_ours(mount) or _is_attended(mount)):
+            found[mount.device] = mount
     return list(found.values())
 
 
