@@ -29,7 +29,7 @@ class CachedPlaintext(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     age_s: float
     open_by: int
-    stale: bool
+    stale: bool = False
 
 
 class AwayKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,10 +222,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     ignored: tuple[NamedProblem, ...]
     unbound_count: int
     unbound: tuple[str, ...]
-    failing_count: int
     failing: tuple[NamedProblem, ...]
-    stale_count: int
-    cached_count: int
     cached: tuple[CachedPlaintext, ...]
     cached_bytes: int
     budget_bytes: int
@@ -244,4 +241,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     away: tuple[AwayKey, ...] = ()
     audit: AuditStatus | None = None
     max_bytes: int = 0
+    failing_count: int = 0
+    stale_count: int = 0
+    cached_count: int = 0
     counters: Counters = Counters()
