@@ -97,6 +97,11 @@ _GAUGES: Final = (
         lambda s: len(s.away),
     ),
     _Number(
+        "kmsfs_audit_failing",
+        "Whether the last record of the audit log could not be written; 0 without one.",
+        lambda s: s.audit is not None and s.audit.problem != "",
+    ),
+    _Number(
         "kmsfs_weaknesses",
         "Guarantees that do not hold: see the lines weaker of kmsfs status.",
         lambda s: len(s.weaknesses),

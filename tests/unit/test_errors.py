@@ -4,11 +4,11 @@ import errno
 
 import pytest
 
-from kmsfs import errors
+from kmsfs import error_codes, errors
 from kmsfs.error_codes import from_code
 from kmsfs.errors import ExitCode, KmsfsError, WorkerBug
 
-LEAVES = sorted(errors._leaves(KmsfsError).items())
+LEAVES = sorted(error_codes._leaves(KmsfsError).items())
 
 
 @pytest.mark.parametrize(("code", "leaf"), LEAVES)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kmsfs.admin.status import (
+    AuditStatus,
     AwayKey,
     Counters,
     HeldPlaintext,
@@ -54,6 +55,7 @@ FUSE = replace(
     worker_pids=(1, 2),
     away=(AwayKey(key="arn", reason="away", failures=3, open_for_s=1, again_in_s=1),),
     weaknesses=("any key is accepted", "the daemon's memory could be dumped"),
+    audit=AuditStatus(file="/log", required=False, problem="full"),
     hooks=(
         HookStatus(match="a", run=("true",), runs=30, failures=1),
         HookStatus(match="b", run=("true",), runs=12, failures=2),
@@ -87,6 +89,7 @@ IN_BOTH_VIEWS = {
     "kmsfs_files_stale": 24,
     "kmsfs_worker_processes": 2,
     "kmsfs_keys_away": 1,
+    "kmsfs_audit_failing": 1,
     "kmsfs_weaknesses": 2,
     "kmsfs_decryptions_total": 6,
     "kmsfs_decryption_seconds_total": 7.5,
