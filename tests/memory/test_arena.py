@@ -112,6 +112,17 @@ def test_reclaiming_makes_room() -> None:
         slot.wipe()
 
 
+def test_what_would_fit_is_told_beside_some_of_the_slots() -> None:
+    arena = Arena(3 * PAGE)
+    slots = [adopt(arena, b"x"), adopt(arena, b"y" * 2 * PAGE)]
+    assert arena.fits_beside(2 * PAGE, slots[:1])
+    assert not arena.fits_beside(2 * PAGE + 1, slots[:1])
+    assert arena.fits_beside(0, slots)
+    assert not arena.fits_beside(1, slots)
+    for slot in slots:
+        slot.wipe()
+
+
 def test_the_number_of_slots_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena_module, "MAX_SLOTS", 3)
     arena = Arena(1 << 20)
@@ -119,6 +130,8 @@ def test_the_number_of_slots_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(LockedMemoryExhausted):
         adopt(arena, b"x")
     assert arena.has_room(1, without=slots[:1])
+    assert arena.fits_beside(1, slots[:2])
+    assert not arena.fits_beside(1, slots)
     assert not arena.has_room(1, without=[arena.adopt(None, 0)])
     for slot in slots:
         slot.wipe()
