@@ -159,12 +159,25 @@ class CacheMachine(CacheBench, RuleBasedStateMachine):
             self.pass_time(0.5)
 
     @precondition(lambda self: not self.cache.locked)
-    @rule(path=st.sampled_from(PATHS), outcome=st.sampled_from(["decrypted", *ERRORS]))
-    def ask_again(self, path: str, outcome: str) -> None:
-        """A plaintext passes its time in a program's hands, and KMS is asked for it again."""
+    @rule(
+        path=st.sampled_from(PATHS),
+        outcome=st.sampled_from(["decrypted", *ERRORS]),
+        refresh=st.booleans(),
+    )
+    def ask_again(self, path: str, outcome: str, refresh: bool) -> None:
+        """A plaintext passes its time in a program's hands, and KMS is asked for it again.
+
+        Args:
+            refresh: whether it is refreshed before the answer.
+        """
         self.open(path, 1, "decrypted", "")
         self.pass_time(TTL_S)
-        self.open(path, 1, outcome, "")
+        self.open(path, 1, "", "")
+        if refresh:
+            self.refresh(path, None)
+        for call in list(self.under_way):
+            if call.ciphertext == self.source.files[path]:
+                self.end(call, outcome)
 
     @precondition(lambda self: not self.cache.locked)
     @rule(path=st.sampled_from(PATHS), outcome=st.sampled_from(["decrypted", *ERRORS]))
@@ -189,9 +202,10 @@ class CacheMachine(CacheBench, RuleBasedStateMachine):
         """The volume is locked, more often than not for a moment only.
 
         Args:
-            refresh: whether it was refreshed just before.
+            refresh: whether it was refreshed just before, while something is decrypted.
         """
         if refresh:
+            self.open(PATHS[0], 1, "", "again")
             self.refresh("", None)
 
         async def end_workers() -> None:
