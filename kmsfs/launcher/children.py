@@ -22,6 +22,9 @@ _ZYGOTE_VARIABLES: Final = frozenset(
 )
 
 
+# Left above the plaintexts for the reply buffer and what is on its way.
+_MEMLOCK_MARGIN_BYTES: Final = 4 << 20
+
 CAUGHT_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What the launcher has handlers for, and its children have not."""
 
@@ -80,6 +83,18 @@ def spawn(
             setsigdef=CAUGHT_SIGNALS,
         )
     return Child(pid, os.pidfd_open(pid))
+
+
+def raise_limits(daemon: Child, plaintext_bytes: int) -> None:
+    """Those of the daemon; that of locked memory also for the processes started after this.
+
+    Args:
+        plaintext_bytes: how much the daemon may hold.
+    """
+    process.raise_descriptor_limit(process.DAEMON_DESCRIPTORS, pid=daemon.pid)
+    wanted_bytes = plaintext_bytes + _MEMLOCK_MARGIN_BYTES
+    process.raise_memlock_limit(wanted_bytes)
+    process.raise_memlock_limit(wanted_bytes, pid=daemon.pid)
 
 
 def keep_descriptors() -> None:

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import socket
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +16,7 @@ from kmsfs.launcher import children, mount_lock
 from kmsfs.launcher.children import Child
 from kmsfs.launcher.control_socket import ControlSocket
 from kmsfs.launcher.hooks import Hooks
+from kmsfs.launcher.restarts import Restarts
 from kmsfs.launcher.servant import Servant, servants_of
 from kmsfs.launcher.zygote import Zygote
 from kmsfs.memory import process
@@ -31,14 +31,10 @@ log = logging.getLogger(__name__)
 _READY_S: Final = 15.0
 _END_S: Final = 8.0
 
-# A daemon that dies so often within a minute will not live the next time either.
-_MAX_RESTARTS: Final = 5
-_RESTART_WINDOW_S: Final = 60.0
+# A daemon that has closed its socket has ended within this, or will not.
+_DIES_S: Final = 1.0
 
 _END_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
-
-# Left above the plaintexts for the reply buffer and what is on its way.
-_MEMLOCK_MARGIN_BYTES: Final = 4 << 20
 
 
 class Launcher:
@@ -72,7 +68,7 @@ class Launcher:
         self._lock_mark_fd = os.memfd_create("kmsfs-lock", os.MFD_CLOEXEC)
         self._stopping = False
         self._detached = False
-        self._restarts: list[float] = []
+        self._restarts = Restarts()
         self._signals, signal_writer = socket.socketpair()
         signal_writer.setblocking(False)  # noqa: FBT003
         self._signal_writer = signal_writer
@@ -173,7 +169,7 @@ class Launcher:
     def _mount(self) -> None:
         assert self._daemon is not None
         assert self._lifeline is not None
-        self._raise_limits(self._daemon)
+        children.raise_limits(self._daemon, self._config.cache.max_bytes)
         # Imported while the daemon starts: nothing may hold that up.
         from kmsfs.launcher.mounting import open_mount
 
@@ -200,13 +196,6 @@ class Launcher:
             wire.send(self._lifeline, wire.HandOver(item=item), [fd])
         except wire.WireError as error:
             raise MountFailed(f"the daemon is gone: {error}", hint="see the log") from None
-
-    def _raise_limits(self, daemon: Child) -> None:
-        """For the daemon; that of locked memory also for the processes started after this."""
-        process.raise_descriptor_limit(process.DAEMON_DESCRIPTORS, pid=daemon.pid)
-        wanted_bytes = self._config.cache.max_bytes + _MEMLOCK_MARGIN_BYTES
-        process.raise_memlock_limit(wanted_bytes)
-        process.raise_memlock_limit(wanted_bytes, pid=daemon.pid)
 
     def _await_ready(self) -> None:
         """Wait for the daemon's word, then for its answer to a request of the kernel.
@@ -328,10 +317,7 @@ class Launcher:
     def _on_daemon_end(self) -> int | None:
         """The exit status if this is the end of the mount; None if it goes on."""
         assert self._daemon is not None
-        status = self._daemon.wait(0)
-        self._daemon = None
-        self._zygote.end()
-        self._close_channels()
+        status = self._clear_away(self._daemon.wait(0))
         if self._config.once and status == 0:
             return 0
         if self._stopping or not self._is_mounted() or status == 0:
@@ -341,24 +327,28 @@ class Launcher:
         if not self._config.restart:
             log.error("the daemon ended with status %s, and is not to be replaced", status)
             return int(ExitCode.MOUNTPOINT)
-        now = time.monotonic()
-        self._restarts = [at for at in self._restarts if now - at < _RESTART_WINDOW_S] + [now]
-        if len(self._restarts) > _MAX_RESTARTS:
-            log.error("the daemon died %d times within a minute: giving up", _MAX_RESTARTS)
+        while self._restarts.may_follow():
+            log.error("the daemon ended with status %s: starting another", status)
             self._unmount_dead()
-            return 1
-        log.error("the daemon ended with status %s: starting another", status)
+            try:
+                self._start_daemon()
+                self._mount_and_serve()
+            except KmsfsError as error:
+                status = None if self._daemon is None else self._daemon.wait(_DIES_S)
+                if status is not None and status < 0:
+                    # Killed before it was ready: that says nothing of the next one.
+                    self._clear_away(status)
+                    continue
+                log.error("cannot mount anew: %s", error.detail)  # noqa: TRY400 - said in full
+                self._daemon = self._daemon if status is None else None
+                self._end_all()
+                return int(error.exit_code)
+            self._hooks.report_all()
+            self._hooks.note_all()
+            return None
+        log.error("the daemon died too often within a minute: giving up")
         self._unmount_dead()
-        try:
-            self._start_daemon()
-            self._mount_and_serve()
-        except KmsfsError as error:
-            log.error("cannot mount anew: %s", error.detail)  # noqa: TRY400 - said in full
-            self._end_all()
-            return int(error.exit_code)
-        self._hooks.report_all()
-        self._hooks.note_all()
-        return None
+        return 1
 
     # --- ending ----------------------------------------------------------------------------------
 
@@ -373,6 +363,13 @@ class Launcher:
             from kmsfs.launcher.mounting import unmount_ours
 
             unmount_ours(self._opened)
+
+    def _clear_away(self, status: int | None) -> int | None:
+        """Take away what a daemon that has ended leaves behind; returns its status."""
+        self._daemon = None
+        self._zygote.end()
+        self._close_channels()
+        return status
 
     def _end_all(self) -> None:
         self._stopping = True

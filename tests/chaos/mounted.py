@@ -18,9 +18,6 @@ from tests.support.sites import Site
 # What a replaced daemon, or a launcher's end, may take on a machine that is busy otherwise.
 _BACK_S = 30.0
 
-# From answering the first request to having told the launcher.
-_READY_MS = 500
-
 
 class ChaosMount:
     """One mount, which may have another launcher and daemon at any time.
@@ -74,11 +71,6 @@ class ChaosMount:
         for pid in self.pids("kmsfs-daemon"):
             send(pid, signal.SIGKILL)
             self._await(partial(self._is_served_without, pid), "another daemon serves")
-            # The launcher gives up when a daemon dies before it is ready, which nobody but the
-            # launcher is told. It is soon after the first fill, which a refresh waits for.
-            if self._view == "ramfs":
-                self.ask(control.RefreshRequest(path="file-0"))
-            select.poll().poll(_READY_MS)
 
     def kill_launcher(self) -> None:
         """SIGKILL; returns once it is mounted anew.

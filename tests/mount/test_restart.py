@@ -18,6 +18,7 @@ from tests.support.commands import KMSFS, run_kmsfs
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.mounts import (
     MountedVolume,
+    children_of,
     processes_of,
     strerror_of_cat,
     wait_gone,
@@ -329,3 +330,51 @@ with mount_lock.hold(sys.argv[1]):
     os.write(1, b"held")
     sys.stdin.read()
 """
+
+
+# --- again and again -----------------------------------------------------------------------------
+
+
+@_VIEWS
+def test_a_daemon_that_is_killed_before_it_is_ready_is_replaced_too(
+    site: Site, content: bytes, view: str
+) -> None:
+    volume = site.mount()
+    launcher = volume.launcher_pid
+    for _ in range(3):
+        before = set(daemons_of(launcher))
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        # As soon as there is a process; it takes some hundred milliseconds more to be ready.
+        wait_until(
+            lambda before=before: daemons_of(launcher) not in ([], sorted(before)),
+            "another is started",
+        )
+    wait_until(lambda: strerror_of_cat(volume.path / "key") == "", "it serves again")
+    assert (volume.path / "key").read_bytes() == content
+    assert volume.launcher_pid == launcher
+
+
+def daemons_of(launcher_pid: int) -> list[int]:
+    """Process ids of the launcher's daemons, by number."""
+    return sorted(pid for pid in children_of(launcher_pid) if b"kmsfs.daemon" in cmdline_of(pid))
+
+
+def cmdline_of(pid: int) -> list[bytes]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
+
+
+def test_one_that_always_dies_is_given_up(site: Site, content: bytes) -> None:
+    volume = site.mount("--view", "fuse")
+    launcher = volume.launcher_pid
+    pids = processes_of(volume.path)
+    deadline = time.monotonic() + 30.0
+    while Path(f"/proc/{launcher}").exists() and time.monotonic() < deadline:
+        for pid in daemons_of(launcher):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        wait_gone(pid)
+    assert volume.mount is None
