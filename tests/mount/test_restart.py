@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kmsfs.errors import KmsfsError
+from kmsfs.errors import KmsfsError, MountpointUnusable
+from kmsfs.launcher import mount_lock
 from kmsfs.views import mountpoint as mounts
 from tests.support.commands import KMSFS, run_kmsfs
 from tests.support.fault_proxy import Fault, FaultProxy
@@ -52,6 +53,15 @@ def kill_daemon(volume: MountedVolume) -> None:
 
 def mounted_at(path: Path) -> list[mounts.Mount]:
     return [mount for mount in mounts.mount_table() if mount.mountpoint == str(path)]
+
+
+def being_mounted(path: Path) -> bool:
+    """Whether a launcher has not heard yet that the mount is ready."""
+    try:
+        with mount_lock.hold(str(path)):
+            return False
+    except MountpointUnusable:
+        return True
 
 
 def assert_nothing_is_left(path: Path) -> None:
@@ -126,6 +136,7 @@ def test_without_restart_the_launcher_says_that_the_daemon_died(
         text=True,
     )
     wait_until((volume.path / "key").exists, "the mount is there")
+    wait_until(lambda: not being_mounted(volume.path), "the launcher knows that it is ready")
     kill_daemon(volume)
     _, errors = launcher.communicate(timeout=20)
     assert launcher.returncode == 7
