@@ -32,10 +32,13 @@ async def receive(sock: trio.socket.SocketType) -> tuple[wire.Message, int | Non
         WireError: also where another task closed the socket.
     Cancellation: nothing is lost.
     """
+    arguments = (wire.MAX_FRAME_BYTES + 1, wire.ANCILLARY_BYTES, wire.RECEIVE_FLAGS)
     try:
-        frame, ancillary, flags, _ = await sock.recvmsg(
-            wire.MAX_FRAME_BYTES + 1, wire.ANCILLARY_BYTES, wire.RECEIVE_FLAGS
-        )
+        try:
+            frame, ancillary, flags, _ = await sock.recvmsg(*arguments)
+        except ConnectionResetError:
+            # See `wire.receive`.
+            frame, ancillary, flags, _ = await sock.recvmsg(*arguments)
     except trio.ClosedResourceError:
         raise wire.WireError("the socket was closed") from None
     except OSError as error:

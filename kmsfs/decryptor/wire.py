@@ -362,10 +362,13 @@ def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None
 
 def receive(sock: socket.socket) -> tuple[Message, int | None]:
     """Receive one frame on a blocking socket; see `decode`."""
+    arguments = (MAX_FRAME_BYTES + 1, ANCILLARY_BYTES, RECEIVE_FLAGS)
     try:
-        frame, ancillary, flags, _ = sock.recvmsg(
-            MAX_FRAME_BYTES + 1, ANCILLARY_BYTES, RECEIVE_FLAGS
-        )
+        try:
+            frame, ancillary, flags, _ = sock.recvmsg(*arguments)
+        except ConnectionResetError:
+            # Said once, before its last words, of a peer that ended without reading all of ours.
+            frame, ancillary, flags, _ = sock.recvmsg(*arguments)
     except OSError as error:
         # A time-out has no strerror.
         raise WireError(f"cannot receive: {error.strerror or error}") from error

@@ -178,3 +178,27 @@ async def test_a_cancelled_receive_loses_no_frame(pair: Pair) -> None:
         await channel.receive(ours)
     wire.send(pair[1], wire.Taken(id=5))
     assert await channel.receive(ours) == (wire.Taken(id=5), None)
+
+
+@pytest.mark.trio
+async def test_the_last_words_of_a_peer_that_did_not_hear_everything_arrive() -> None:
+    for receive in (_receive_blocking, _receive_on_trio):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                wire.send(ours, wire.ZygoteWanted())
+                wire.send(theirs, wire.DaemonFailed(code="KmsThrottled", detail="x", hint="y"))
+            assert await receive(ours) == (
+                wire.DaemonFailed(code="KmsThrottled", detail="x", hint="y"),
+                None,
+            )
+            with pytest.raises(wire.WireError):
+                await receive(ours)
+
+
+async def _receive_blocking(sock: socket.socket) -> object:
+    return wire.receive(sock)
+
+
+async def _receive_on_trio(sock: socket.socket) -> object:
+    return await channel.receive(trio.socket.from_stdlib_socket(sock))
