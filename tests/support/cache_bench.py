@@ -18,6 +18,7 @@ from tests.support.cache_model import (
     ERRORS,
     IDLE_S,
     MAX_CONTENT_BYTES,
+    NO_VERDICT,
     PATHS,
     SIZED,
     TTL_S,
@@ -273,7 +274,7 @@ class CacheBench:
         assert opening.ended, "a waiting open was not told"
         if call.outcome == "decrypted":
             assert opening.given is call or not call.content
-        elif call.outcome == "unreachable" and self.model.must_be_served_stale(opening):
+        elif call.outcome in NO_VERDICT and self.model.must_be_served_stale(opening):
             assert opening.given is opening.fallback
         elif call.outcome == "no memory":
             assert isinstance(opening.error, LockedMemoryExhausted)

@@ -42,6 +42,9 @@ ERRORS: dict[str, type[KmsfsError]] = {
     "corrupt": CiphertextInvalid,
 }
 
+NO_VERDICT = ("unreachable", "worker death")
+"""Outcomes that say nothing of the file and its key."""
+
 
 @dataclass(eq=False)
 class Decryption:
@@ -141,7 +144,7 @@ class CacheModel:
         self.calls: dict[int, Decryption] = {}
         self._highest: dict[str, int] = {}
         self._refreshed: dict[str, int] = {}
-        self._away: dict[Ciphertext, int] = {}
+        self._failed: dict[Ciphertext, int] = {}
 
     def _next(self) -> int:
         self._moment += 1
@@ -201,8 +204,8 @@ class CacheModel:
             self.served.pop(path, None)
         elif call.outcome == "corrupt":
             self._is_bad(call)
-        elif call.outcome in ("unreachable", "late"):
-            self._away[call.ciphertext] = call.ended
+        elif call.outcome in (*NO_VERDICT, "late"):
+            self._failed[call.ciphertext] = call.ended
 
     def _is_bad(self, call: Decryption) -> None:
         """Bad ciphertext says nothing of another, nor of what KMS was asked anew since."""
@@ -274,8 +277,8 @@ class CacheModel:
         assert self.served.get(wanted.path) is given, "after it was refused, rotated or refreshed"
         assert now < given.ready_at + TTL_S + self.stale_s
         if now >= given.ready_at + TTL_S:
-            was_away = self._away.get(wanted, 0) > opening.began or now >= opening.deadline
-            assert was_away, "stale, and KMS was not away"
+            has_failed = self._failed.get(wanted, 0) > opening.began or now >= opening.deadline
+            assert has_failed, "stale, and KMS was not asked in vain"
 
     def _last_of(self, ciphertext: Ciphertext) -> Decryption:
         ended = [
@@ -286,7 +289,7 @@ class CacheModel:
         return max(ended, key=lambda call: call.ended or 0)
 
     def must_be_served_stale(self, opening: Opening) -> bool:
-        """Whether an open gets what it was served before, now that KMS is away."""
+        """Whether an open gets what it was served before, now that there was no verdict."""
         fallback = opening.fallback
         return (
             fallback is not None

@@ -482,11 +482,11 @@ async def test_whoever_waits_behind_a_hanging_key_fails_when_its_breaker_opens(s
                 await s.decrypt(seconds=seconds)
             errors.append(caught.value)
 
-        with trio.fail_after(15):
-            async with trio.open_nursery() as nursery:
-                for _ in range(MAX_CALLS_PER_KEY):
-                    nursery.start_soon(decrypt, 0.6)
-                await trio.testing.wait_all_tasks_blocked()
-                for _ in range(20):
-                    nursery.start_soon(decrypt, 20.0)
-        assert sum(error.again_in_s is not None for error in errors) >= 19
+        async with trio.open_nursery() as nursery:
+            for _ in range(MAX_CALLS_PER_KEY):
+                nursery.start_soon(decrypt, 0.6)
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(20):
+                nursery.start_soon(decrypt, 8.0)
+        # All but a probe, and those whose turn came between the first failure and the third.
+        assert sum(error.again_in_s is not None for error in errors) >= 20 - FAILURES_TO_OPEN
