@@ -135,6 +135,17 @@ def assume_role_answer(identity: Identity, lifetime_s: float, request_id: str) -
     ).encode()
 
 
+def caller_identity_answer(identity: Identity, request_id: str) -> bytes:
+    """What STS answers to GetCallerIdentity."""
+    return (
+        '<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+        f"<GetCallerIdentityResult><Arn>{escape(identity.arn)}</Arn>"
+        f"<UserId>{identity.access_key_id}</UserId><Account>{identity.account}</Account>"
+        f"</GetCallerIdentityResult><ResponseMetadata><RequestId>{request_id}</RequestId>"
+        "</ResponseMetadata></GetCallerIdentityResponse>"
+    ).encode()
+
+
 def sts_error_answer(code: str, message: str | None, request_id: str) -> bytes:
     """What STS answers when it refuses."""
     return (

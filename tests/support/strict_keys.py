@@ -45,6 +45,8 @@ class KmsKey:
         usage: `ENCRYPT_DECRYPT`, or anything else to have it unusable for encryption.
         latency_s: what every operation with this key takes.
         magic: how its blobs begin.
+        policy: as it was set; None for a key that its whole account may use.
+        rotation: whether its material is renewed each year.
     """
 
     account: str
@@ -54,6 +56,10 @@ class KmsKey:
     usage: str = "ENCRYPT_DECRYPT"
     latency_s: float = 0.0
     magic: bytes = MAGICS[0]
+    description: str = ""
+    multi_region: bool = False
+    policy: str | None = None
+    rotation: bool = False
     secret: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
 
     @property

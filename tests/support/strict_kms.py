@@ -1,9 +1,9 @@
 """A strict stand-in for AWS KMS, written from its API reference and service model.
 
-Signatures, types and bounds are verified; keys have states and owners; every refusal has the
-code and the status of KMS. It also answers STS AssumeRole, and as the metadata service of a
-container. One server plays all regions, which requests name in their signatures, and as many
-accounts as there are identities and keys.
+Signatures, types and bounds are verified; keys have states, owners and policies; every refusal has
+the code and the status of KMS. It also answers STS AssumeRole and GetCallerIdentity, and as the
+metadata service of a container. One server plays all regions, which requests name in their
+signatures, and as many accounts as there are identities and keys.
 
 In a test::
 
@@ -36,6 +36,7 @@ from botocore.config import Config
 from tests.support.strict_identities import (
     Identity,
     assume_role_answer,
+    caller_identity_answer,
     container_answer,
     sts_error_answer,
 )
@@ -155,10 +156,13 @@ class StrictKms(StrictState):
         given = dict(urllib.parse.parse_qsl(body.decode()))
         draft.operation = given.get("Action", "unknown")
         self.authenticate(draft, headers, body, "sts")
-        if draft.operation != "AssumeRole":
+        if draft.operation not in ("AssumeRole", "GetCallerIdentity"):
             raise ServiceError("InvalidAction", "Could not find operation")
         self.wait(self.latency_s)
         self.raise_injected(draft, None)
+        if draft.operation == "GetCallerIdentity":
+            # Needs no permission: STS API Reference.
+            return 200, "text/xml", caller_identity_answer(draft.identity, str(uuid.uuid4()))
         identity = self.assume_role(draft, given["RoleArn"], given["RoleSessionName"])
         lifetime_s = self.role_lifetime_s or float(given.get("DurationSeconds", "3600"))
         return 200, "text/xml", assume_role_answer(identity, lifetime_s, str(uuid.uuid4()))

@@ -1,12 +1,14 @@
 """The operations of KMS that the strict stand-in knows, from the API reference."""
 
+import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tests.support.strict_keys import BlobInvalidError, KmsKey
-from tests.support.strict_model import error
+from tests.support.strict_model import ServiceError, error
 from tests.support.strict_state import Draft, StrictState
 
 Given = dict[str, Any]
@@ -51,12 +53,17 @@ def _generate_data_key_without_plaintext(state: StrictState, draft: Draft, given
 
 def _re_encrypt(state: StrictState, draft: Draft, given: Given) -> Given:
     blob = _required(given.get("CiphertextBlob"))
+    same = state.find_of_blob(blob) is state.find(draft, given["DestinationKeyId"])
+    draft.facts = {"kms:ReEncryptOnSameKey": "true" if same else "false"}
     source = state.key_of_blob(draft, blob, given.get("SourceKeyId"), "ReEncryptFrom")
-    target = _usable_key(state, draft, given["DestinationKeyId"], "ReEncryptTo", {})
+    target = state.find(draft, given["DestinationKeyId"])
+    to_context = given.get("DestinationEncryptionContext", {})
+    state.authorize(draft, target, "ReEncryptTo", context=to_context)
+    state.use(draft, target, "ReEncryptTo")
     plaintext = _open(source, blob, given.get("SourceEncryptionContext", {}))
     _end_dry_run(given)
     return {
-        "CiphertextBlob": target.seal(plaintext, given.get("DestinationEncryptionContext", {})),
+        "CiphertextBlob": target.seal(plaintext, to_context),
         "SourceKeyId": source.arn,
         "KeyId": target.arn,
         "SourceEncryptionAlgorithm": _SYMMETRIC,
@@ -70,12 +77,53 @@ def _describe_key(state: StrictState, draft: Draft, given: Given) -> Given:
 
 def _create_key(state: StrictState, draft: Draft, given: Given) -> Given:
     state.authorize(draft, None, "CreateKey")
+    multi_region = given.get("MultiRegion", False)
+    more: dict[str, Any] = {"key_id": f"mrk-{uuid.uuid4().hex}"} if multi_region else {}
     key = state.create_key(
         account=draft.identity.account,
         region=draft.region,
         usage=given.get("KeyUsage", "ENCRYPT_DECRYPT"),
+        description=given.get("Description", ""),
+        multi_region=multi_region,
+        **more,
     )
+    draft.key = key
+    if "Policy" in given:
+        try:
+            _set_policy(state, draft, key, given)
+        except ServiceError:
+            state.forget_key(key)
+            raise
     return {"KeyMetadata": _metadata(key)}
+
+
+def _put_key_policy(state: StrictState, draft: Draft, given: Given) -> Given:
+    _check_policy_name(given)
+    key = _managed_key(state, draft, given["KeyId"])
+    _refuse_pending_deletion(key)
+    _set_policy(state, draft, key, given)
+    return {}
+
+
+def _get_key_policy(state: StrictState, draft: Draft, given: Given) -> Given:
+    _check_policy_name(given)
+    key = _managed_key(state, draft, given["KeyId"])
+    return {"Policy": key.policy or _default_policy(key), "PolicyName": "default"}
+
+
+def _enable_key_rotation(state: StrictState, draft: Draft, given: Given) -> Given:
+    key = _managed_key(state, draft, given["KeyId"])
+    if key.state == "Disabled":
+        raise error("DisabledException", f"{key.arn} is disabled.")
+    _refuse_pending_deletion(key)
+    key.rotation = True
+    return {}
+
+
+def _get_key_rotation_status(state: StrictState, draft: Draft, given: Given) -> Given:
+    key = _managed_key(state, draft, given["KeyId"])
+    answer: Given = {"KeyId": key.arn, "KeyRotationEnabled": key.rotation}
+    return {**answer, "RotationPeriodInDays": 365} if key.rotation else answer
 
 
 def _create_alias(state: StrictState, draft: Draft, given: Given) -> Given:
@@ -128,9 +176,13 @@ OPERATIONS: Mapping[str, Callable[[StrictState, Draft, Given], Given]] = {
     "DescribeKey": _describe_key,
     "DisableKey": _disable_key,
     "EnableKey": _enable_key,
+    "EnableKeyRotation": _enable_key_rotation,
     "Encrypt": _encrypt,
     "GenerateDataKey": _generate_data_key,
     "GenerateDataKeyWithoutPlaintext": _generate_data_key_without_plaintext,
+    "GetKeyPolicy": _get_key_policy,
+    "GetKeyRotationStatus": _get_key_rotation_status,
+    "PutKeyPolicy": _put_key_policy,
     "ReEncrypt": _re_encrypt,
     "ScheduleKeyDeletion": _schedule_key_deletion,
 }
@@ -151,6 +203,28 @@ def _managed_key(state: StrictState, draft: Draft, key_id: str) -> KmsKey:
     key = state.find(draft, key_id)
     state.authorize(draft, key, draft.operation)
     return key
+
+
+def _set_policy(state: StrictState, draft: Draft, key: KmsKey, given: Given) -> None:
+    bypass_check = given.get("BypassPolicyLockoutSafetyCheck", False)
+    state.set_policy(draft, key, given["Policy"], bypass_check=bypass_check)
+
+
+def _check_policy_name(given: Given) -> None:
+    if given.get("PolicyName", "default") != "default":
+        raise error("NotFoundException", "No such policy exists")
+
+
+def _default_policy(key: KmsKey) -> str:
+    root = f"arn:aws:iam::{key.account}:root"
+    statement = {
+        "Sid": "Enable IAM User Permissions",
+        "Effect": "Allow",
+        "Principal": {"AWS": root},
+        "Action": "kms:*",
+        "Resource": "*",
+    }
+    return json.dumps({"Version": "2012-10-17", "Id": "key-default-1", "Statement": [statement]})
 
 
 def _required(value: Any, name: str = "ciphertextBlob") -> Any:
@@ -190,6 +264,7 @@ def _metadata(key: KmsKey) -> Given:
         "KeyManager": "CUSTOMER",
         "KeySpec": _SYMMETRIC,
         "EncryptionAlgorithms": [_SYMMETRIC],
-        "MultiRegion": False,
+        "Description": key.description,
+        "MultiRegion": key.multi_region,
         "Origin": "AWS_KMS",
     }

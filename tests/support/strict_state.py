@@ -10,6 +10,7 @@ from typing import Any
 from tests.support.strict_identities import Identity, read_signature, verify_signature
 from tests.support.strict_keys import BlobInvalidError, KmsKey, fingerprint_of
 from tests.support.strict_model import ServiceError, error
+from tests.support.strict_policies import Request, evaluate, parse_policy
 
 REGION = "us-east-1"
 ACCOUNT = "111122223333"
@@ -46,7 +47,11 @@ class Call:
 
 @dataclass
 class Draft:
-    """What is known of a request while it is served."""
+    """What is known of a request while it is served.
+
+    Attributes:
+        facts: values of condition keys beside the encryption context's.
+    """
 
     operation: str = "unknown"
     key_id: str | None = None
@@ -54,6 +59,7 @@ class Draft:
     context: Mapping[str, str] = field(default_factory=dict)
     region: str = REGION
     signer: Identity | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -97,6 +103,7 @@ class StrictState:
         self._identities: dict[str, Identity] = {}
         self._roles: dict[str, frozenset[str]] = {}
         self._denied: set[tuple[str, str, str]] = set()
+        self._without_policies: set[str] = set()
         self._shared: set[tuple[str, str]] = set()
         self._injected: list[_Injected] = []
         self._calls: list[Call] = []
@@ -138,6 +145,15 @@ class StrictState:
             self._roles[arn] = frozenset(identity.access_key_id for identity in trusted)
         return arn
 
+    def take_on(self, role_arn: str) -> Identity:
+        """A session of a role, as AssumeRole gives it, whoever may have asked."""
+        return self._add(Identity.assumed(role_arn, "test"))
+
+    def keys(self) -> list[KmsKey]:
+        """Every key, in the order in which they were made."""
+        with self._lock:
+            return list(self._keys.values())
+
     def remove_identity(self, identity: Identity) -> None:
         """Its access key is unknown from now on."""
         with self._lock:
@@ -152,6 +168,12 @@ class StrictState:
         """Take a `deny` of the same arguments back."""
         with self._lock:
             self._denied.discard((_name_of(who), operation, key.arn if key else "*"))
+
+    def withhold_policies(self, who: Identity | str) -> None:
+        """An identity (or a role, by its ARN) without IAM policies: only what a key's policy
+        grants to it by name it may do."""
+        with self._lock:
+            self._without_policies.add(_name_of(who))
 
     def share(self, key: KmsKey, account: str) -> None:
         """Let another account use a key."""
@@ -306,11 +328,10 @@ class StrictState:
             named = self.find(draft, key_id)
             self.authorize(draft, named, operation)
         try:
-            fingerprint = fingerprint_of(blob)
+            fingerprint_of(blob)
         except BlobInvalidError:
             raise error("InvalidCiphertextException") from None
-        with self._lock:
-            found = next((k for k in self._keys.values() if k.fingerprint == fingerprint), None)
+        found = self.find_of_blob(blob)
         if named is not None:
             if named is not found:
                 raise error(
@@ -350,19 +371,62 @@ class StrictState:
                 f"{key.arn} key usage is {key.usage} which is not valid for {operation}.",
             )
 
-    def authorize(self, draft: Draft, key: KmsKey | None, operation: str) -> None:
+    def authorize(
+        self,
+        draft: Draft,
+        key: KmsKey | None,
+        operation: str,
+        *,
+        context: Mapping[str, str] | None = None,
+    ) -> None:
         """Check permissions.
+
+        Args:
+            context: the encryption context of this operation, if not the request's own.
 
         Raises:
             ServiceError: AccessDeniedException.
         """
-        if not self._is_allowed(draft, key, operation):
+        if not self._is_allowed(draft, key, operation, context=context):
             raise error(
                 "AccessDeniedException",
                 f"User: {draft.identity.arn} is not authorized to perform: kms:{operation} on "
                 f"resource: {key.arn if key else '*'} because no identity-based policy allows the "
                 f"kms:{operation} action",
             )
+
+    def set_policy(self, draft: Draft, key: KmsKey, text: str, *, bypass_check: bool) -> None:
+        """Give a key a policy.
+
+        Raises:
+            ServiceError: it is not one, or whoever gives it could not do so again.
+        """
+        statements = parse_policy(text, self._exists)
+        verdict = evaluate(statements, Request(draft.identity, "PutKeyPolicy"))
+        by_account = verdict.delegated and self._has_policies(draft.identity)
+        if not bypass_check and (verdict.denied or not (verdict.granted or by_account)):
+            raise error(
+                "MalformedPolicyDocumentException",
+                "The new key policy will not allow you to update the key policy in the future.",
+            )
+        key.policy = text
+
+    def forget_key(self, key: KmsKey) -> None:
+        """Take back a key that nobody has seen yet."""
+        with self._lock:
+            del self._keys[key.arn]
+
+    def find_of_blob(self, blob: bytes) -> KmsKey | None:
+        """The key of a blob, whoever asks; None if it is none, or of no key here.
+
+        Unlike `key_of_blob` it says nothing of permission.
+        """
+        try:
+            fingerprint = fingerprint_of(blob)
+        except BlobInvalidError:
+            return None
+        with self._lock:
+            return next((k for k in self._keys.values() if k.fingerprint == fingerprint), None)
 
     def raise_injected(self, draft: Draft, key: KmsKey | None) -> None:
         """Raise what `fail` asked for, with a key (in `use`) or without (before)."""
@@ -389,7 +453,26 @@ class StrictState:
             self._identities[identity.access_key_id] = identity
         return identity
 
-    def _is_allowed(self, draft: Draft, key: KmsKey | None, operation: str) -> bool:
+    def _exists(self, arn: str) -> bool:
+        """Whether there is a role or user of this ARN."""
+        with self._lock:
+            return arn in self._roles or any(
+                arn == identity.arn for identity in self._identities.values()
+            )
+
+    def _has_policies(self, identity: Identity) -> bool:
+        """Whether its IAM policies allow it everything; else they allow it nothing."""
+        with self._lock:
+            return not {identity.access_key_id, identity.role_arn} & self._without_policies
+
+    def _is_allowed(
+        self,
+        draft: Draft,
+        key: KmsKey | None,
+        operation: str,
+        *,
+        context: Mapping[str, str] | None = None,
+    ) -> bool:
         identity = draft.identity
         resource = key.arn if key else "*"
         who = {identity.access_key_id, identity.role_arn}
@@ -399,7 +482,19 @@ class StrictState:
                 for name, action, arn in self._denied
             )
             own = key is None or key.account == identity.account
-            return not denied and (own or (identity.account, resource) in self._shared)
+            shared = own or (identity.account, resource) in self._shared
+        by_identity = self._has_policies(identity)
+        if denied or key is None or key.policy is None:
+            return not denied and shared and by_identity
+        request = Request(
+            identity, operation, draft.context if context is None else context, draft.facts
+        )
+        verdict = evaluate(parse_policy(key.policy, lambda _: True), request)
+        if verdict.denied:
+            return False
+        # Whom a key's policy names needs nothing else in its own account; elsewhere it needs
+        # IAM policies too.
+        return (verdict.granted and own) or ((verdict.granted or verdict.delegated) and by_identity)
 
 
 def _name_of(who: Identity | str) -> str:
