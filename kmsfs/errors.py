@@ -211,6 +211,14 @@ class KeyUnusable(KmsfsError):
     hint = "enable the key or cancel its deletion"
 
 
+class KeyPolicyRefused(KmsfsError):
+    """KMS takes no policy that names who does not exist, or that locks out its author."""
+
+    errno = errno.EKEYREJECTED
+    exit_code = ExitCode.REFUSED_BY_KMS
+    hint = "check that every role and user named exists; a new one takes some seconds to be seen"
+
+
 class CredentialsUnavailable(KmsfsError):
     """No AWS credentials, or expired or invalid ones."""
 

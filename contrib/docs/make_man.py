@@ -92,15 +92,14 @@ def _lines() -> Iterator[str]:
 def _commands(
     group: click.Group, context: click.Context
 ) -> Iterator[tuple[click.Command, click.Context]]:
-    """All commands that do something, those of groups among them."""
+    """All commands, those of groups after their group."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         assert command is not None, name
         command_context = click.Context(command, parent=context, info_name=name)
+        yield command, command_context
         if isinstance(command, click.Group):
             yield from _commands(command, command_context)
-        else:
-            yield command, command_context
 
 
 def _usage(context: click.Context) -> Iterator[str]:

@@ -20,7 +20,7 @@ class AwsOptions:
     endpoint_url: str | None
 
 
-def _context_of(
+def context_of(
     ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]
 ) -> dict[str, str]:
     """The encryption context that `K=V` texts stand for; a value may hold further `=`."""
@@ -61,7 +61,7 @@ encryption_context_option = click.option(
     "--encryption-context",
     multiple=True,
     metavar="K=V",
-    callback=_context_of,
+    callback=context_of,
     help="Pair of the encryption context. May be given several times.",
 )
 

@@ -22,12 +22,15 @@ from kmsfs.errors import (
     IncorrectKey,
     KeyAccessDenied,
     KeyNotFound,
+    KeyPolicyRefused,
     KeyUnusable,
     KmsAnswerInvalid,
     KmsfsError,
     KmsThrottled,
     KmsUnreachable,
+    OutputExists,
     RegionUnknown,
+    UsageInvalid,
 )
 from kmsfs.kms_call import KmsCall
 
@@ -45,8 +48,9 @@ _CREDENTIALS_REFUSED_HINT: Final = (
     "renew the credentials; if they are current, check this machine's clock"
 )
 
-# KMS API Reference: errors of Decrypt, Encrypt, GenerateDataKey, ReEncrypt and DescribeKey, and
-# "Common Errors". AWS services spell several of the common ones in two or three ways.
+# KMS API Reference: errors of Decrypt, Encrypt, GenerateDataKey, ReEncrypt, DescribeKey, CreateKey
+# and CreateAlias, and "Common Errors". AWS services spell several of the common ones in two or
+# three ways.
 _BY_CODE: Final[Mapping[str, tuple[type[KmsfsError], str | None]]] = {
     "AccessDeniedException": (KeyAccessDenied, None),
     "AccessDenied": (KeyAccessDenied, None),
@@ -61,6 +65,9 @@ _BY_CODE: Final[Mapping[str, tuple[type[KmsfsError], str | None]]] = {
         "name a symmetric key whose usage is ENCRYPT_DECRYPT",
     ),
     "IncorrectKeyException": (IncorrectKey, None),
+    "MalformedPolicyDocumentException": (KeyPolicyRefused, None),
+    "AlreadyExistsException": (OutputExists, "choose another name with --alias"),
+    "InvalidAliasNameException": (UsageInvalid, "choose another name with --alias"),
     "InvalidCiphertextException": (
         CiphertextInvalid,
         "it was altered or cut short, or encrypted under another encryption context",

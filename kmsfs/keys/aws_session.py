@@ -119,8 +119,33 @@ class AwsSession:
         with self._lock:
             self._find_credentials(region)
             if region not in self._clients:
-                self._clients[region] = self._new_client(region)
+                self._clients[region] = self.new_client("kms", region)
             return self._clients[region]
+
+    def new_client(self, service: str, region: str, config: Config | None = None) -> BaseClient:
+        """Another client with the same credentials.
+
+        Args:
+            service: `kms` or `sts`.
+            config: over this module's own timeouts and retries.
+
+        Raises: as `client`.
+        """
+        self._find_credentials(region)
+        try:
+            client = self._session.create_client(
+                service,
+                region_name=region,
+                endpoint_url=self._endpoint_url if service == "kms" else None,
+                config=config,
+            )
+        except botocore.exceptions.BotoCoreError:
+            raise
+        except ValueError:
+            raise ConfigInvalid("the endpoint URL of KMS is not a URL") from None
+        client.meta.events.register(f"before-send.{service}", _check_deadline)
+        client.meta.events.register(f"before-send.{service}", self._note_signer)
+        return client
 
     def freeze(
         self, region: str, store: CredentialStore | None, *, about: tuple[str, str | None]
@@ -187,19 +212,6 @@ class AwsSession:
         if self._credentials is None:
             raise CredentialsUnavailable("no AWS credentials found")
         return self._credentials
-
-    def _new_client(self, region: str) -> BaseClient:
-        try:
-            client = self._session.create_client(
-                "kms", region_name=region, endpoint_url=self._endpoint_url
-            )
-        except botocore.exceptions.BotoCoreError:
-            raise
-        except ValueError:
-            raise ConfigInvalid("the endpoint URL of KMS is not a URL") from None
-        client.meta.events.register("before-send.kms", _check_deadline)
-        client.meta.events.register("before-send.kms", self._note_signer)
-        return client
 
     def _note_signer(self, request: AWSPreparedRequest, **_: object) -> None:
         # Some versions of botocore have bytes there.

@@ -169,8 +169,11 @@ def commands_of_the_program() -> dict[str, click.Command]:
 
 
 def options_of(command: click.Command) -> set[str]:
+    """Those of the command and of its subcommands."""
     context = click.Context(command, help_option_names=["-h", "--help"])
-    return {text for parameter in command.get_params(context) for text in parameter.opts}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    found = set[str]().union(*map(options_of, below))
+    return found | {text for parameter in command.get_params(context) for text in parameter.opts}
 
 
 @pytest.mark.parametrize("name", commands_of_the_program())
@@ -279,6 +282,7 @@ def test_every_error_of_an_open_is_in_the_table() -> None:
     elsewhere = {
         errors.UsageInvalid, errors.OutputExists, errors.InputUnreadable, errors.OutputUnwritable,
         errors.PlaintextTooLarge, errors.ConfigInvalid, errors.ConfigUntrusted,
+        errors.KeyPolicyRefused,
         errors.MountpointUnusable, errors.MountFailed, errors.FuseUnavailable,
         errors.ControlUnavailable, errors.SourceMissing,
         # Of the ramfs view, whose files are simply not there.
