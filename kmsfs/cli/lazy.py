@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "decrypt": _Entry("files", "Decrypt one file."),
     "edit": _Entry("edit", "Edit the plaintext of one file in a private ramfs."),
     "inspect": _Entry("files", "Show what files say of themselves, offline."),
+    "check": _Entry("check", "Check that files can be served, and that keys decrypt them."),
     "key": _Entry("key", "Make keys, and show who may use them."),
     "mount": _Entry("mount", "Serve a directory of ciphertext as plain files."),
     "umount": _Entry("mount", "Stop serving, and wipe every plaintext."),

@@ -32,7 +32,7 @@ from kmsfs.formats import esdk, esdk_header, kms_blob
 from kmsfs.formats.binding import bound_version, check_pairs, check_place
 from kmsfs.formats.detect import Format, detect
 from kmsfs.formats.esdk_header import EncryptedDataKey, EsdkHeader
-from kmsfs.keys.service import Decryption, KeyService
+from kmsfs.keys.service import Decrypter, Decryption
 from kmsfs.kms_call import KmsCall
 
 Allocate = Callable[[int], memoryview]
@@ -80,7 +80,7 @@ class DecryptedInfo:
 
 
 def decrypt_ciphertext(
-    ciphertext: bytes, rules: DecryptRules, keys: KeyService, allocate: Allocate
+    ciphertext: bytes, rules: DecryptRules, keys: Decrypter, allocate: Allocate
 ) -> DecryptedInfo:
     """Decrypt and verify one file's ciphertext into memory of the caller's choice.
 
@@ -95,7 +95,7 @@ def decrypt_ciphertext(
         ContextMismatch, NotBound: it does not belong where it lies.
         FileTooLarge: more plaintext than the rules allow.
         KeyNotAllowed: encrypted under no key of the rules; KMS was not asked.
-        KmsfsError: as `KeyService.decrypt` and `allocate` raise.
+        KmsfsError: as `Decrypter.decrypt` and `allocate` raise.
     """
     if not ciphertext:
         raise CiphertextInvalid("the file is empty", hint=_EMPTY_HINT)
@@ -123,7 +123,7 @@ def decrypt_ciphertext(
 
 
 def _decrypt_blob(
-    blob: bytes, found: Format, rules: DecryptRules, keys: KeyService, allocate: Allocate
+    blob: bytes, found: Format, rules: DecryptRules, keys: Decrypter, allocate: Allocate
 ) -> DecryptedInfo:
     if len(blob) > kms_blob.MAX_CIPHERTEXT_BYTES:
         raise CiphertextInvalid(
@@ -168,7 +168,7 @@ def _blob_key_ids(rules: DecryptRules) -> Sequence[str | None]:
 
 
 def _decrypt_message(
-    ciphertext: bytes, rules: DecryptRules, keys: KeyService, allocate: Allocate
+    ciphertext: bytes, rules: DecryptRules, keys: Decrypter, allocate: Allocate
 ) -> DecryptedInfo:
     view = memoryview(ciphertext)
 
@@ -198,7 +198,7 @@ def _decrypt_message(
 
 
 def _unwrap(
-    header: EsdkHeader, rules: DecryptRules, keys: KeyService
+    header: EsdkHeader, rules: DecryptRules, keys: Decrypter
 ) -> tuple[bytes, str, KmsCall | None]:
     """The message's data key, from the first allowed key that gives it; that key's ARN; and what
     KMS was asked."""
@@ -250,7 +250,7 @@ def _may_name(key_id: str, key_arn: str) -> bool:
 
 
 def _unwrap_one(
-    header: EsdkHeader, wrapped: EncryptedDataKey, key_arn: str, key_id: str, keys: KeyService
+    header: EsdkHeader, wrapped: EncryptedDataKey, key_arn: str, key_id: str, keys: Decrypter
 ) -> Decryption:
     decryption = keys.decrypt(
         wrapped.ciphertext, key_id=key_id, encryption_context=header.encryption_context

@@ -143,23 +143,35 @@ class AwsKeyService:
         Raises:
             KmsAnswerInvalid: also where KMS names another key than the one whose ARN was sent.
         """
-        if not 1 <= len(ciphertext) <= MAX_CIPHERTEXT_BYTES:
-            raise CiphertextInvalid(
-                f"{len(ciphertext)} bytes are no KMS ciphertext blob "
-                f"(1 to {MAX_CIPHERTEXT_BYTES} bytes)"
-            )
-        parameters: dict[str, Any] = {
-            "CiphertextBlob": ciphertext,
-            "EncryptionContext": dict(encryption_context),
-        }
-        if key_id is not None:
-            parameters["KeyId"] = key_id
+        parameters = _decrypt_parameters(ciphertext, key_id, encryption_context)
         answer = self._call("Decrypt", key_id, parameters)
         plaintext = _take_bytes(answer, "Plaintext", "Decrypt", MAX_PLAINTEXT_BYTES)
         key_arn = _take_key_arn(answer, "Decrypt", key_id)
         request_id = aws_errors.request_id_of(answer)
         return Decryption(
             plaintext, key_arn, self._signed(KmsCall(key_id=key_arn, request_id=request_id))
+        )
+
+    def would_decrypt(
+        self, ciphertext: bytes | None, *, key_id: str | None, encryption_context: Mapping[str, str]
+    ) -> None:
+        """As `DecryptProbe.would_decrypt`, by a dry run.
+
+        Raises:
+            KmsAnswerInvalid: also where a plaintext came all the same; it is dropped.
+        """
+        parameters = _decrypt_parameters(ciphertext, key_id, encryption_context)
+        parameters["DryRun"] = True
+        if ciphertext is None:
+            parameters["DryRunModifiers"] = ["IGNORE_CIPHERTEXT"]
+        try:
+            answer = self._call("Decrypt", key_id, parameters)
+        except aws_errors.DryRunSucceededError:
+            return
+        answer.clear()
+        raise KmsAnswerInvalid(
+            f"{aws_errors.describe('Decrypt', key_id)}: asked only whether it would, it decrypted",
+            hint="what answers in place of KMS knows no DryRun; try --decrypt",
         )
 
     def encrypt(
@@ -298,6 +310,22 @@ _METHODS: Final = {
     "GenerateDataKey": "generate_data_key",
     "DescribeKey": "describe_key",
 }
+
+
+def _decrypt_parameters(
+    ciphertext: bytes | None, key_id: str | None, encryption_context: Mapping[str, str]
+) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"EncryptionContext": dict(encryption_context)}
+    if ciphertext is not None:
+        if not 1 <= len(ciphertext) <= MAX_CIPHERTEXT_BYTES:
+            raise CiphertextInvalid(
+                f"{len(ciphertext)} bytes are no KMS ciphertext blob "
+                f"(1 to {MAX_CIPHERTEXT_BYTES} bytes)"
+            )
+        parameters["CiphertextBlob"] = ciphertext
+    if key_id is not None:
+        parameters["KeyId"] = key_id
+    return parameters
 
 
 def _take_bytes(answer: dict[str, Any], name: str, operation: str, max_bytes: int) -> bytes:

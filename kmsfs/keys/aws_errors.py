@@ -173,12 +173,25 @@ JSON, or there is nobody to ask for an MFA code."""
 _CREDENTIAL_MODULES: Final = frozenset({"botocore.credentials", "botocore.tokens"})
 
 
+class DryRunSucceededError(Exception):
+    """KMS would have done what it was asked whether it would: AWS says so by an error."""
+
+
+_DRY_RUN_SUCCEEDED: Final = "DryRunOperationException"
+
+
 @contextlib.contextmanager
 def translating(operation: str, key_id: str | None) -> Iterator[None]:
-    """Turn everything that botocore lets out inside into errors of ours; arguments as below."""
+    """Turn everything that botocore lets out inside into errors of ours; arguments as below.
+
+    Raises:
+        DryRunSucceededError: see there.
+    """
     try:
         yield
     except boto.ClientError as error:
+        if error.response.get("Error", {}).get("Code") == _DRY_RUN_SUCCEEDED:
+            raise DryRunSucceededError from None
         raise translate_client_error(error, operation, key_id) from None
     except boto.BotoCoreError as error:
         raise translate_botocore_error(error, operation, key_id) from None

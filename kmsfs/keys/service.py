@@ -41,11 +41,11 @@ class Encryption:
     key_arn: str
 
 
-class KeyService(Protocol):
-    """Decrypts, encrypts and wraps under keys it never shows.
+class Decrypter(Protocol):
+    """Decrypts under keys it never shows.
 
-    Raises (every method): KeyAccessDenied, KeyNotFound, KeyUnusable, CredentialsUnavailable,
-    RegionUnknown, KmsUnreachable, KmsThrottled, KmsAnswerInvalid.
+    Raises (here and below, every method): KeyAccessDenied, KeyNotFound, KeyUnusable,
+    CredentialsUnavailable, RegionUnknown, KmsUnreachable, KmsThrottled, KmsAnswerInvalid.
     """
 
     def decrypt(
@@ -61,6 +61,26 @@ class KeyService(Protocol):
             CiphertextInvalid: not authentic, or another encryption context.
         """
         ...
+
+
+class DecryptProbe(Decrypter, Protocol):
+    """Also tells whether it would decrypt."""
+
+    def would_decrypt(
+        self, ciphertext: bytes | None, *, key_id: str | None, encryption_context: Mapping[str, str]
+    ) -> None:
+        """Find out whether `decrypt` would succeed, without a plaintext being made.
+
+        Args:
+            ciphertext: None asks about key and permission alone; `key_id` is needed then.
+
+        Raises: as `decrypt` would.
+        """
+        ...
+
+
+class KeyService(Decrypter, Protocol):
+    """Decrypts, encrypts and wraps under keys it never shows."""
 
     def encrypt(
         self, plaintext: bytes, *, key_id: str, encryption_context: Mapping[str, str]

@@ -8,7 +8,7 @@ import msgspec
 from kmsfs.config import KmsTable
 from kmsfs.errors import UsageInvalid
 from kmsfs.keys import loggers
-from kmsfs.keys.service import KeyService
+from kmsfs.keys.service import DecryptProbe, KeyService
 from kmsfs.manage.input import check_utf8
 from kmsfs.manage.place import VolumeHere
 from kmsfs.settings import KmsSettings
@@ -68,6 +68,14 @@ def key_service(settings: KmsSettings) -> KeyService:
         CredentialsUnavailable: the profile does not exist.
     """
     # boto3 is imported here: commands that fail earlier do not wait for it.
+    from kmsfs.keys.aws import AwsKeyService
+
+    loggers.silence()
+    return AwsKeyService(settings)
+
+
+def decrypt_probe(settings: KmsSettings) -> DecryptProbe:
+    """As `key_service`, for finding out what KMS would decrypt."""
     from kmsfs.keys.aws import AwsKeyService
 
     loggers.silence()
