@@ -7,10 +7,12 @@ from typing import Any, Final, TypeVar
 from botocore.config import Config
 
 from kmsfs.errors import (
+    CredentialsUnavailable,
     KeyAccessDenied,
     KeyNotFound,
     KmsAnswerInvalid,
     KmsThrottled,
+    KmsUnreachable,
     RegionUnknown,
 )
 from kmsfs.keys import aws_errors, deadline
@@ -49,8 +51,15 @@ class AwsKeyAdmin:
             client: Any = self._session.new_client("sts", region)
             return client.get_caller_identity()
 
-        # A refusal here is one of the credentials, and told as such.
-        arn = self._ask("CreateKey", ask).get("Arn")
+        try:
+            # A refusal here is one of the credentials, and told as such.
+            arn = self._ask("CreateKey", ask).get("Arn")
+        except (CredentialsUnavailable, KmsUnreachable) as error:
+            if self._settings.endpoint_url is not None:
+                error.hint = (
+                    "STS is asked for the account: name its address in AWS_ENDPOINT_URL_STS"
+                )
+            raise
         if not isinstance(arn, str) or len(arn.split(":")) < 6:
             raise KmsAnswerInvalid("GetCallerIdentity: the answer has no ARN")
         return arn

@@ -17,6 +17,7 @@ from kmsfs.errors import (
     InputUnreadable,
     KmsfsError,
     NameConflict,
+    SourceMissing,
     SourceUnreadable,
     UsageInvalid,
 )
@@ -27,7 +28,7 @@ from kmsfs.manage.key_trial import KeyTrial, WouldDecryptError
 from kmsfs.manage.keys import KeyOptions, decrypt_probe, settings_for
 from kmsfs.manage.place import VolumeHere, volume_above
 from kmsfs.settings import KmsSettings
-from kmsfs.store.source import Source, SourceFile
+from kmsfs.store.source import Source, SourceFile, Survey
 
 _DAY_S: Final = 86400.0
 
@@ -179,18 +180,16 @@ def _check(source: Source, here: _Here, trial: KeyTrial) -> Checked:
     files = [_check_file(source, file, here, trial) for file in survey.files]
     ignored = []
     for path, reason in survey.ignored:
-        if path in survey.unreadable:
-            files.append(_not_served(path, SourceUnreadable(reason)))
-        elif path.endswith(SUFFIXES):
-            # Whoever called it ciphertext wants it served.
-            files.append(_not_served(path, FormatUnknown(f"it is not served: {reason}")))
+        error = _why_not_served(source, survey, path, reason)
+        if error is not None:
+            files.append(_not_served(path, error))
         else:
             ignored.append((path, reason))
     context = _context_of_any_file(here)
     keys = []
     for key_id in here.kms.key_ids:
-        error = trial.verdict(key_id, context)
-        problem = None if error is None else Problem.of(error)
+        refused = trial.verdict(key_id, context)
+        problem = None if refused is None else Problem.of(refused)
         keys.append(KeyCheck(key_id, trial.files[key_id], problem))
     return Checked(
         source=str(here.root),
@@ -291,6 +290,22 @@ def _time_of_version(context: Mapping[str, str], now: float) -> float | None:
     if not (text.isascii() and text.isdigit()):
         return None
     return float(text) if _FIRST_TIME_S <= int(text) <= now + _DAY_S else None
+
+
+def _why_not_served(source: Source, survey: Survey, path: str, reason: str) -> KmsfsError | None:
+    """What is wrong with something that a mount ignores; None if that is as it should be."""
+    reason = reason.removeprefix(f"{path}: ")
+    if path in survey.unreadable:
+        return SourceUnreadable(reason)
+    # Whoever called it ciphertext wants it served.
+    wanted = path.endswith(SUFFIXES)
+    try:
+        os.close(source.open_ciphertext(path)[0])
+    except SourceUnreadable:
+        return SourceUnreadable(reason)
+    except SourceMissing:
+        return SourceMissing(reason) if wanted else None
+    return FormatUnknown(f"it is not served: {reason}") if wanted else None
 
 
 def _not_served(source_path: str, error: KmsfsError) -> FileCheck:

@@ -194,8 +194,8 @@ def key_policy(
 def iam_policies(keys: Sequence[KeyName], pairs: Mapping[str, str]) -> dict[str, Policy]:
     """Policies to attach to roles: under `reader`, `writer` and `admin`.
 
-    Roles of a key's own account need none beside its key policy; roles of other accounts need
-    both.
+    Roles of a key's own account need none beside its key policy, but for administering aliases,
+    which have no policies of their own; roles of other accounts need both.
     """
     key_arns = [key.everywhere for key in keys]
     multi_region = any(key.multi_region for key in keys)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cli.conftest import Commands, Done, make_volume
 from tests.support.canary import secret
+from tests.support.commands import run_kmsfs
 from tests.support.key_roles import KeyRoles
 from tests.support.moto_kms import MotoKms
 from tests.support.strict_keys import KmsKey
@@ -310,6 +311,31 @@ def test_file_that_cannot_be_served_is_named(
     assert problem["hint"]
     assert [line.partition(": ")[0] for line in done.lines] == ["kmsfs", "kmsfs"]
     assert problem["detail"] in done.lines[0]
+
+
+def test_what_is_called_ciphertext_and_leads_nowhere_is_named(
+    kmsfs: Commands, volume: Path
+) -> None:
+    (volume / "link").symlink_to("nowhere")
+    kmsfs.good("check")
+    (volume / "link.kms").symlink_to("nowhere")
+    done = kmsfs("check")
+    assert done.status == 1
+    assert done.lines == ["kmsfs: error: link.kms: cannot be opened: No such file or directory"]
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("name", ["token", "db"])
+def test_what_cannot_be_read_is_named_whatever_it_is_called(
+    kmsfs: Commands, volume: Path, name: str
+) -> None:
+    (volume / "token.encrypted").rename(volume / "token")
+    kmsfs.good("encrypt", "-", "-o", "token", "--force", stdin=SECRET)
+    (volume / name).chmod(0)
+    as_anybody = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    done = run_kmsfs(["check"], env=kmsfs.env, cwd=volume, prefix=as_anybody, exit_code=1)
+    said = "" if name == "db" else "cannot be opened: "
+    assert done.stderr == f"kmsfs: error: {name}: {said}Permission denied\n"
 
 
 def test_alteration_that_only_decryption_shows_is_not_seen_without_it(

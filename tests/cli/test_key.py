@@ -326,6 +326,20 @@ def test_region_must_be_known(kmsfs: Commands) -> None:
     ]
 
 
+def test_address_of_kms_alone_is_not_enough(kmsfs: Commands, strict_kms: StrictKms) -> None:
+    """The account is asked for at STS, which has an address of its own."""
+    url = kmsfs.env.pop("AWS_ENDPOINT_URL")
+    kmsfs.env["AWS_ENDPOINT_URL_STS"] = "http://127.0.0.1:1"
+    done = kmsfs("key", "create", "--alias", "web", "--endpoint-url", url)
+    assert done.status == 5
+    assert done.lines[1:] == [
+        "kmsfs: hint: STS is asked for the account: name its address in AWS_ENDPOINT_URL_STS"
+    ]
+    assert strict_kms.keys() == []
+    kmsfs.env["AWS_ENDPOINT_URL_STS"] = url
+    kmsfs.good("key", "create", "--alias", "web", "--endpoint-url", url)
+
+
 def test_credentials_must_be_there(bare_kmsfs: Commands) -> None:
     done = bare_kmsfs("key", "create", "--alias", "web", "--region", "us-east-1")
     assert done.status == 5

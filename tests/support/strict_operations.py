@@ -128,6 +128,8 @@ def _get_key_rotation_status(state: StrictState, draft: Draft, given: Given) -> 
 
 def _create_alias(state: StrictState, draft: Draft, given: Given) -> Given:
     key = _managed_key(state, draft, given["TargetKeyId"])
+    # On the alias too, which only IAM policies can allow.
+    state.authorize(draft, None, "CreateAlias")
     name = given["AliasName"]
     if not name.startswith("alias/") or name.startswith("alias/aws/"):
         raise error("ValidationException", "Alias must start with the prefix 'alias/'.")

@@ -82,6 +82,30 @@ def test_key_is_sent_as_it_was_given_and_answered_by_arn(
         assert (call.key_id, call.context) == (key_id, CONTEXT)
 
 
+@pytest.mark.parametrize("with_ciphertext", [True, False])
+def test_question_whether_kms_would_decrypt_makes_no_plaintext(
+    keys: AwsKeyService, strict_kms: StrictKms, kms_key: KmsKey, with_ciphertext: bool
+) -> None:
+    blob = kms_key.seal(PLAINTEXT, CONTEXT) if with_ciphertext else None
+    keys.would_decrypt(blob, key_id=kms_key.arn, encryption_context=CONTEXT)
+    (call,) = strict_kms.calls("Decrypt")
+    assert (call.error, call.context) == ("DryRunOperationException", CONTEXT)
+    strict_kms.deny(strict_kms.admin, "Decrypt", kms_key)
+    with pytest.raises(KeyAccessDenied):
+        keys.would_decrypt(blob, key_id=kms_key.arn, encryption_context=CONTEXT)
+
+
+def test_question_whether_kms_would_decrypt_is_about_the_ciphertext_too(
+    keys: AwsKeyService, strict_kms: StrictKms, kms_key: KmsKey
+) -> None:
+    blob = kms_key.seal(PLAINTEXT, CONTEXT)
+    with pytest.raises(CiphertextInvalid):
+        keys.would_decrypt(blob, key_id=kms_key.arn, encryption_context={})
+    with pytest.raises(IncorrectKey):
+        keys.would_decrypt(blob, key_id=strict_kms.create_key().arn, encryption_context=CONTEXT)
+    keys.would_decrypt(blob, key_id=None, encryption_context=CONTEXT)
+
+
 @pytest.mark.parametrize("size_bytes", [1, 16, 32, 1024])
 def test_data_key_is_wrapped_under_its_context(
     keys: AwsKeyService, kms_key: KmsKey, size_bytes: int
