@@ -1,4 +1,4 @@
-"""AWS KMS through botocore; beside this module only `aws_session` and `aws_errors` import it.
+"""AWS KMS through botocore, which only this module and the others named `aws_*` import.
 
 Botocore leaves plaintext on the heap in forms that nothing can wipe: a mount calls this in
 workers only, whose end is the eraser. Its loggers show response bodies at DEBUG; nothing here

@@ -128,13 +128,16 @@ def create_key(plan: KeyPlan, admin: KeyAdmin) -> str:
 
 def _finish(step: Callable[[], None], key_arn: str, left: tuple[str, ...]) -> None:
     """Take a step with a key that is there now; `left` are commands that would do the rest."""
+    made = f"the key {key_arn} was made, but is not finished"
+    hint = (
+        f"finish it with `{' && '.join(left)}`, or delete it with "
+        f"`aws kms schedule-key-deletion --key-id {key_arn}`"
+    )
     try:
         step()
     except KmsfsError as error:
-        unfinished = type(error)(
-            f"the key {key_arn} was made, but is not finished: {error.detail}",
-            hint=f"finish it with `{' && '.join(left)}`, or delete it with "
-            f"`aws kms schedule-key-deletion --key-id {key_arn}`",
-        )
+        unfinished = type(error)(f"{made}: {error.detail}", hint=hint)
         unfinished.call = error.call
         raise unfinished from error
+    except KeyboardInterrupt as interrupt:
+        raise KmsUnreachable(f"{made}: interrupted", hint=hint) from interrupt

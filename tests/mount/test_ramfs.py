@@ -380,6 +380,16 @@ def test_once_fills_and_leaves_no_process(site: Site) -> None:
     assert os.listdir(volume.path) == []
 
 
+def test_what_was_left_is_checked_with_its_source(site: Site) -> None:
+    site.make_volume()
+    site.encrypt("key", site.secret("key", 300))
+    volume = site.mount("--once")
+    done = volume.kmsfs("check", volume.path, "--decrypt", "--content", "--json")
+    found = json.loads(done.output)
+    assert (found["good"], found["source"], found["volume"]) == (True, str(site.source), "web")
+    assert found["content"] == []
+
+
 def test_once_over_what_was_left_wipes_the_older_set(site: Site) -> None:
     site.make_volume()
     site.encrypt("key", site.secret("old", 3000))
