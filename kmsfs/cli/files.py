@@ -16,10 +16,12 @@ from kmsfs.cli.options import (
     json_option,
     key_id_option,
     key_ids_option,
+    recursive_option,
 )
 from kmsfs.errors import ExitCode, KmsfsError, OutputUnwritable, UsageInvalid
 
 if TYPE_CHECKING:
+    from kmsfs.manage.encrypt_file import EncryptOptions
     from kmsfs.manage.inspect import Inspection
 
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 @encryption_context_option
 @click.option("--raw", is_flag=True, help="Write bare KMS blobs (4096 bytes at most).")
 @click.option("--unbound", is_flag=True, help="Bind to no volume and path.")
+@recursive_option
 @force_option
 @aws_options
 def encrypt(
@@ -43,6 +46,7 @@ def encrypt(
     encryption_context: dict[str, str],
     raw: bool,
     unbound: bool,
+    recursive: bool,
     force: bool,
 ) -> ExitCode:
     """Encrypt files, each into FILE.encrypted beside it.
@@ -50,13 +54,18 @@ def encrypt(
     What is written is an AWS Encryption SDK message with key commitment and signature, bound to
     its volume and path. The key is --key-id, or else the first of the volume's key_ids. The
     plaintext is left alone. FILE may be - for standard input.
+
+    With -r FILE may be a directory: all files below it are encrypted, 8 calls to KMS at a time,
+    beside each or at the same relative paths below -o OUT. Ciphertext, and files whose output is
+    there already, are skipped, so that the same command goes on where one was stopped. Symbolic
+    links are not followed.
     """
     from kmsfs.cli.protection import protect_process
     from kmsfs.manage.encrypt_file import EncryptOptions, encrypt_file
     from kmsfs.manage.input import STANDARD_INPUT
     from kmsfs.manage.keys import KeyOptions, KeyServices
 
-    if len(files) > 1 and output is not None and not os.path.isdir(output):
+    if not recursive and len(files) > 1 and output is not None and not os.path.isdir(output):
         raise UsageInvalid(f"{output} is not a directory, and there are several files")
     if files.count(STANDARD_INPUT) > 1:
         raise UsageInvalid("standard input can be read once")
@@ -75,6 +84,8 @@ def encrypt(
             endpoint_url=aws.endpoint_url,
         ),
     )
+    if recursive:
+        return _encrypt_trees(files, options)
     services = KeyServices()
     failures: list[KmsfsError] = []
     left_alone: list[str] = []
@@ -93,8 +104,33 @@ def encrypt(
             messages.hint(hint)
     if left_alone:
         what = left_alone[0] if len(left_alone) == 1 else f"{len(left_alone)} files"
-        messages.hint(f"the plaintext of {what} is left alone: remove it when it is not needed")
+        _say_left_alone(what)
     return _status_of(failures, len(files))
+
+
+def _encrypt_trees(names: tuple[str, ...], options: "EncryptOptions") -> ExitCode:
+    from kmsfs.cli.bulk import work_on
+    from kmsfs.manage.encrypt_tree import encrypt_work, plan_encryption
+    from kmsfs.manage.keys import prepare_for_fork, settings_for
+
+    if options.path is not None:
+        raise UsageInvalid("--path names standard input; files have their own names")
+    plan = plan_encryption(names, options.output)
+    prepare_for_fork(settings_for(None, options.keys))
+    tally = work_on(
+        [name for name, _ in plan.jobs],
+        lambda gate: encrypt_work(plan, options, gate),
+        doing="encrypting",
+        done_word="encrypted",
+        passed_over=plan.passed_over,
+    )
+    if tally.done:
+        _say_left_alone("1 file" if tally.done == 1 else f"{tally.done} files")
+    return tally.status(len(plan.jobs))
+
+
+def _say_left_alone(what: str) -> None:
+    messages.hint(f"the plaintext of {what} is left alone: remove it when it is not needed")
 
 
 @click.command()

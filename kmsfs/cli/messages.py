@@ -20,6 +20,11 @@ def hint(text: str) -> None:
     _say("hint", text)
 
 
+def summary(text: str) -> None:
+    """Say how a command over many things ended."""
+    _say("", text)
+
+
 def failure(failed: KmsfsError, *, about: str = "") -> None:
     """Say an error and its hint.
 
@@ -43,7 +48,7 @@ def printable(text: str) -> str:
 
 def _say(kind: str, text: str) -> None:
     try:
-        click.echo(f"kmsfs: {kind}: {printable(text)}", err=True)
+        click.echo(f"kmsfs: {kind}{': ' if kind else ''}{printable(text)}", err=True)
     except OSError:
         # Standard error is gone or full: the exit status has to do.
         return

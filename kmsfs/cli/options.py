@@ -71,6 +71,10 @@ any_key_option = click.option(
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
+recursive_option = click.option(
+    "-r", "--recursive", is_flag=True, help="Take all files of directories."
+)
+
 force_option = click.option("--force", is_flag=True, help="Do it all the same.")
 
 

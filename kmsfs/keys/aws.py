@@ -26,7 +26,7 @@ from kmsfs.errors import (
 from kmsfs.keys import aws_errors, deadline
 from kmsfs.keys.aws_session import AwsSession, credential_source, region_of, warm_up
 from kmsfs.keys.credentials import CredentialStore
-from kmsfs.keys.service import DataKey, Decryption, Encryption
+from kmsfs.keys.service import DataKey, Decryption, Encryption, ReEncryption
 from kmsfs.kms_call import KmsCall
 from kmsfs.settings import KmsSettings
 
@@ -201,6 +201,35 @@ class AwsKeyService:
         ciphertext = _take_bytes(answer, "CiphertextBlob", "Encrypt", MAX_CIPHERTEXT_BYTES)
         return Encryption(ciphertext, _take_key_arn(answer, "Encrypt", key_id))
 
+    def re_encrypt(
+        self,
+        ciphertext: bytes,
+        *,
+        source_key_id: str | None,
+        key_id: str,
+        encryption_context: Mapping[str, str],
+    ) -> ReEncryption:
+        """As `KeyService.re_encrypt`.
+
+        The request goes to the region of `key_id`, where both keys must be.
+        """
+        _check_size(ciphertext)
+        operation = "ReEncrypt"
+        parameters: dict[str, Any] = {
+            "CiphertextBlob": ciphertext,
+            "DestinationKeyId": key_id,
+            "SourceEncryptionContext": dict(encryption_context),
+            "DestinationEncryptionContext": dict(encryption_context),
+        }
+        if source_key_id is not None:
+            parameters["SourceKeyId"] = source_key_id
+        answer = self._call(operation, key_id, parameters)
+        return ReEncryption(
+            _take_bytes(answer, "CiphertextBlob", operation, MAX_CIPHERTEXT_BYTES),
+            _take_key_arn(answer, operation, key_id),
+            _take_key_arn({"KeyId": answer.get("SourceKeyId")}, operation, source_key_id),
+        )
+
     def generate_data_key(
         self, *, key_id: str, size_bytes: int, encryption_context: Mapping[str, str]
     ) -> DataKey:
@@ -307,6 +336,7 @@ class AwsKeyService:
 _METHODS: Final = {
     "Decrypt": "decrypt",
     "Encrypt": "encrypt",
+    "ReEncrypt": "re_encrypt",
     "GenerateDataKey": "generate_data_key",
     "DescribeKey": "describe_key",
 }
@@ -317,15 +347,19 @@ def _decrypt_parameters(
 ) -> dict[str, Any]:
     parameters: dict[str, Any] = {"EncryptionContext": dict(encryption_context)}
     if ciphertext is not None:
-        if not 1 <= len(ciphertext) <= MAX_CIPHERTEXT_BYTES:
-            raise CiphertextInvalid(
-                f"{len(ciphertext)} bytes are no KMS ciphertext blob "
-                f"(1 to {MAX_CIPHERTEXT_BYTES} bytes)"
-            )
+        _check_size(ciphertext)
         parameters["CiphertextBlob"] = ciphertext
     if key_id is not None:
         parameters["KeyId"] = key_id
     return parameters
+
+
+def _check_size(ciphertext: bytes) -> None:
+    if not 1 <= len(ciphertext) <= MAX_CIPHERTEXT_BYTES:
+        raise CiphertextInvalid(
+            f"{len(ciphertext)} bytes are no KMS ciphertext blob "
+            f"(1 to {MAX_CIPHERTEXT_BYTES} bytes)"
+        )
 
 
 def _take_bytes(answer: dict[str, Any], name: str, operation: str, max_bytes: int) -> bytes:

@@ -41,6 +41,15 @@ class Encryption:
     key_arn: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReEncryption:
+    """Answer to `KeyService.re_encrypt`: a new blob, its key, and the key it was under before."""
+
+    ciphertext: bytes
+    key_arn: str
+    source_key_arn: str
+
+
 class Decrypter(Protocol):
     """Decrypts under keys it never shows.
 
@@ -86,6 +95,26 @@ class KeyService(Decrypter, Protocol):
         self, plaintext: bytes, *, key_id: str, encryption_context: Mapping[str, str]
     ) -> Encryption:
         """Encrypt 1 to 4096 bytes into a bare blob."""
+        ...
+
+    def re_encrypt(
+        self,
+        ciphertext: bytes,
+        *,
+        source_key_id: str | None,
+        key_id: str,
+        encryption_context: Mapping[str, str],
+    ) -> ReEncryption:
+        """Encrypt what a blob of 1 to 6144 bytes holds under `key_id`; KMS shows it to nobody.
+
+        Args:
+            source_key_id: the key that it is under; None lets KMS take it from the blob.
+            encryption_context: of the blob, and of the new one.
+
+        Raises:
+            IncorrectKey: another key than `source_key_id` encrypted the blob.
+            CiphertextInvalid: not authentic, or another encryption context.
+        """
         ...
 
     def generate_data_key(

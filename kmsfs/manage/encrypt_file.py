@@ -61,9 +61,26 @@ def encrypt_file(name: str, options: EncryptOptions, services: KeyServices) -> E
         KmsfsError: as `KeyService` raises.
     """
     output = _output_path(name, options)
+    volume = volume_above(output.parent)
+    path = place_of(output, volume).path
+    if options.path is not None and path != options.path:
+        raise UsageInvalid(
+            f"{output} would be served as {path!r}, not as {options.path!r}",
+            hint="leave out --path or -o",
+        )
+    return encrypt_to(name, output, volume, options, services)
+
+
+def encrypt_to(
+    name: str,
+    output: Path,
+    volume: VolumeHere | None,
+    options: EncryptOptions,
+    services: KeyServices,
+) -> EncryptedFile:
+    """As `encrypt_file`, to an output that lies in `volume`."""
     if name != STANDARD_INPUT and output.exists() and os.path.samefile(name, output):
         raise UsageInvalid("input and output are the same file")
-    volume = volume_above(output.parent)
     bound = not options.raw and not options.unbound
     if bound and volume is None:
         raise UsageInvalid(
@@ -71,11 +88,6 @@ def encrypt_file(name: str, options: EncryptOptions, services: KeyServices) -> E
             hint="make a volume with `kmsfs init`, or add --unbound",
         )
     place = place_of(output, volume)
-    if options.path is not None and place.path != options.path:
-        raise UsageInvalid(
-            f"{output} would be served as {place.path!r}, not as {options.path!r}",
-            hint="leave out --path or -o",
-        )
     check_output(output, replace=options.force)
     settings = settings_for(volume, options.keys)
     if not settings.key_ids:

@@ -9,6 +9,7 @@ from kmsfs.config import KmsTable
 from kmsfs.errors import UsageInvalid
 from kmsfs.keys import loggers
 from kmsfs.keys.service import DecryptProbe, KeyService
+from kmsfs.manage.gate import Gate, GatedKeys
 from kmsfs.manage.input import check_utf8
 from kmsfs.manage.place import VolumeHere
 from kmsfs.settings import KmsSettings
@@ -82,15 +83,29 @@ def decrypt_probe(settings: KmsSettings) -> DecryptProbe:
     return AwsKeyService(settings)
 
 
-class KeyServices:
-    """One key service for each distinct settings, for commands that work on several volumes."""
+def prepare_for_fork(settings: KmsSettings) -> None:
+    """Import and read now what every forked process would need; asks for no credentials."""
+    from kmsfs.keys.aws import warm_up
 
-    def __init__(self) -> None:
+    loggers.silence()
+    warm_up(settings)
+
+
+class KeyServices:
+    """One key service for each distinct settings, for commands that work on several volumes.
+
+    Args:
+        gate: how many processes may ask at once; None for a process that is alone.
+    """
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self._gate = gate
         self._services: dict[bytes, KeyService] = {}
 
     def get(self, settings: KmsSettings) -> KeyService:
         """The key service for these settings, made when first asked for."""
         identity = msgspec.json.encode(settings, order="deterministic")
         if identity not in self._services:
-            self._services[identity] = key_service(settings)
+            keys = key_service(settings)
+            self._services[identity] = keys if self._gate is None else GatedKeys(keys, self._gate)
         return self._services[identity]

@@ -18,6 +18,7 @@ from kmsfs import libc
 from kmsfs.errors import OutputExists, OutputUnwritable
 
 FILE_MODE: Final = 0o600
+_DIRECTORY_MODE: Final = 0o700
 
 # linux/magic.h
 _TMPFS_MAGIC: Final = 0x01021994
@@ -67,6 +68,29 @@ def check_output(path: Path, *, replace: bool) -> None:
         _refuse_existing(directory_fd, path, replace=replace)
     finally:
         os.close(directory_fd)
+
+
+def make_directories(directory: Path) -> None:
+    """Make a directory, and those above it that are missing, durably and for the owner alone.
+
+    Raises:
+        OutputUnwritable: something else is there, or the disk says no.
+    """
+    if directory.is_dir():
+        return
+    make_directories(directory.parent)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, _DIRECTORY_MODE)
+    except OSError as error:
+        raise OutputUnwritable(f"{directory}: {error.strerror}") from error
+    if not directory.is_dir():
+        raise OutputUnwritable(f"{directory} exists and is not a directory")
+    parent_fd = _open_directory(directory.parent)
+    try:
+        os.fsync(parent_fd)
+    finally:
+        os.close(parent_fd)
 
 
 def lies_on_disk(fd: int) -> bool:

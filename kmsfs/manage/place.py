@@ -61,6 +61,19 @@ def _volume_at(root: Path, system_dir: Path) -> VolumeHere:
     return VolumeHere(root, file.volume.name, file)
 
 
+class Volumes:
+    """`volume_above`, read once for each directory: for commands that work on many files."""
+
+    def __init__(self) -> None:
+        self._found: dict[Path, VolumeHere | None] = {}
+
+    def above(self, directory: Path) -> VolumeHere | None:
+        """As `volume_above`, of when it was first asked."""
+        if directory not in self._found:
+            self._found[directory] = volume_above(directory)
+        return self._found[directory]
+
+
 def place_of(path: Path, volume: VolumeHere | None) -> Place:
     """The place of a ciphertext file: its served path, relative to its volume's root.
 

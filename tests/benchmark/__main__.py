@@ -1,6 +1,6 @@
 """`python -m tests.benchmark [NAME...]`: print every ratio with its bound.
 
-Names: first_read, protection, outage, start, memory, load; all without any.
+Names: first_read, protection, outage, start, memory, load, bulk; all without any.
 """
 
 import importlib
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-_ALL = ("first_read", "protection", "outage", "start", "memory", "load")
+_ALL = ("first_read", "protection", "outage", "start", "memory", "load", "bulk")
 
 
 def main(names: list[str]) -> None:

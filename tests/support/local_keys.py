@@ -22,7 +22,7 @@ from kmsfs.errors import (
     KeyUnusable,
     KmsfsError,
 )
-from kmsfs.keys.service import DataKey, Decryption, Encryption
+from kmsfs.keys.service import DataKey, Decryption, Encryption, ReEncryption
 
 REGION = "eu-central-1"
 ACCOUNT = "111122223333"
@@ -143,6 +143,21 @@ class LocalKeys:
         key = self._find(key_id)
         self._check(key)
         return Encryption(self._wrap(key, plaintext, encryption_context), key.arn)
+
+    def re_encrypt(
+        self,
+        ciphertext: bytes,
+        *,
+        source_key_id: str | None,
+        key_id: str,
+        encryption_context: Mapping[str, str],
+    ) -> ReEncryption:
+        """As `KeyService.re_encrypt`."""
+        opened = self.decrypt(
+            ciphertext, key_id=source_key_id, encryption_context=encryption_context
+        )
+        made = self.encrypt(opened.plaintext, key_id=key_id, encryption_context=encryption_context)
+        return ReEncryption(made.ciphertext, made.key_arn, opened.key_arn)
 
     def generate_data_key(
         self, *, key_id: str, size_bytes: int, encryption_context: Mapping[str, str]

@@ -119,6 +119,26 @@ def test_data_key_is_wrapped_under_its_context(
         keys.decrypt(made.ciphertext, key_id=None, encryption_context={})
 
 
+def test_blob_is_encrypted_anew_without_its_plaintext(
+    keys: AwsKeyService, strict_kms: StrictKms, kms_key: KmsKey
+) -> None:
+    other = strict_kms.create_key()
+    blob = kms_key.seal(PLAINTEXT, CONTEXT)
+    for source_key_id in (kms_key.arn, None):
+        made = keys.re_encrypt(
+            blob, source_key_id=source_key_id, key_id=other.arn, encryption_context=CONTEXT
+        )
+        assert (made.source_key_arn, made.key_arn) == (kms_key.arn, other.arn)
+        assert other.open(made.ciphertext, CONTEXT) == PLAINTEXT
+    assert {call.operation for call in strict_kms.calls()} == {"ReEncrypt"}
+    with pytest.raises(IncorrectKey):
+        keys.re_encrypt(blob, source_key_id=other.arn, key_id=other.arn, encryption_context=CONTEXT)
+    with pytest.raises(CiphertextInvalid):
+        keys.re_encrypt(blob, source_key_id=None, key_id=other.arn, encryption_context={})
+    with pytest.raises(CiphertextInvalid):
+        keys.re_encrypt(b"", source_key_id=None, key_id=other.arn, encryption_context={})
+
+
 def test_alias_and_key_id_are_resolved_to_the_arn(keys: AwsKeyService, kms_key: KmsKey) -> None:
     for key_id in ("alias/test", kms_key.key_id, kms_key.arn):
         assert keys.resolve_key_arn(key_id) == kms_key.arn
