@@ -54,7 +54,9 @@ class Tally:
         """All of it in one line."""
         parts = [f"{_files(self.done)} {self._done_word}"]
         if self._skipped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self._skipped.items())
+            reasons = ", ".join(
+                f"{count} {reason}" for reason, count in sorted(self._skipped.items())
+            )
             parts.append(f"{self._skipped.total()} skipped ({reasons})")
         if self.failed:
             parts.append(f"{len(self.failed)} failed")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,6 +24,7 @@ from kmsfs.errors import ExitCode, KmsfsError, OutputUnwritable, UsageInvalid
 if TYPE_CHECKING:
     from kmsfs.manage.encrypt_file import EncryptOptions
     from kmsfs.manage.inspect import Inspection
+    from kmsfs.manage.keys import KeyOptions
 
 
 @click.command()
@@ -118,7 +120,7 @@ def _encrypt_trees(names: tuple[str, ...], options: "EncryptOptions") -> ExitCod
     plan = plan_encryption(names, options.output)
     prepare_for_fork(settings_for(None, options.keys))
     tally = work_on(
-        [name for name, _ in plan.jobs],
+        plan.names,
         lambda gate: encrypt_work(plan, options, gate),
         doing="encrypting",
         done_word="encrypted",
@@ -140,6 +142,7 @@ def _say_left_alone(what: str) -> None:
 @key_ids_option
 @any_key_option
 @encryption_context_option
+@recursive_option
 @force_option
 @aws_options
 def decrypt(
@@ -151,13 +154,19 @@ def decrypt(
     key_ids: tuple[str, ...],
     any_key: bool,
     encryption_context: dict[str, str],
+    recursive: bool,
     force: bool,
 ) -> ExitCode:
     """Decrypt FILE to standard output.
 
     The keys that may be asked are those given with --key-id, or else the volume's. FILE may be -
     for standard input.
+
+    With -r FILE is a directory: every ciphertext below it is decrypted to its served path below
+    -o OUT, which must lie on a ramfs or on a tmpfs mounted with noswap; --force takes any.
     """
+    if recursive and (output is None or path is not None or file == "-"):
+        raise UsageInvalid("-r takes a directory and needs one to put files in: -o OUT")
     if output is None and sys.stdout.isatty() and not force:
         raise UsageInvalid(
             "standard output is a terminal",
@@ -182,6 +191,9 @@ def decrypt(
         region=aws.region,
         endpoint_url=aws.endpoint_url,
     )
+    if recursive:
+        assert output is not None
+        return _decrypt_tree(file, output, options, force=force)
     try:
         target = output_path(file, path, output) if output is not None else None
         if target is not None:
@@ -202,6 +214,27 @@ def decrypt(
         where = target if target is not None else "standard output"
         messages.warning(f"{where} lies on disk, and holds plaintext now")
     return ExitCode.DONE
+
+
+def _decrypt_tree(directory: str, output: str, options: "KeyOptions", *, force: bool) -> ExitCode:
+    from kmsfs.cli.bulk import work_on
+    from kmsfs.manage.decrypt_tree import decrypt_work, plan_decryption
+    from kmsfs.manage.keys import prepare_for_fork, settings_for
+    from kmsfs.manage.output import directory_lies_on_disk
+
+    plan = plan_decryption(directory, output, force=force)
+    prepare_for_fork(settings_for(None, options))
+    tally = work_on(
+        plan.names,
+        lambda gate: decrypt_work(plan, options, gate, force=force),
+        doing="decrypting",
+        done_word="decrypted",
+        passed_over=plan.passed_over,
+        again="add --force to replace what was decrypted so far",
+    )
+    if tally.done and directory_lies_on_disk(Path(output)):
+        messages.warning(f"{output} lies on disk, and holds plaintext now")
+    return tally.status(len(plan.jobs))
 
 
 @click.command()

@@ -19,7 +19,7 @@ class _Entry:
 _COMMANDS: Final = {
     "init": _Entry("volume", "Make a directory a volume."),
     "encrypt": _Entry("files", "Encrypt files."),
-    "decrypt": _Entry("files", "Decrypt one file."),
+    "decrypt": _Entry("files", "Decrypt a file, or a tree into memory."),
     "edit": _Entry("edit", "Edit the plaintext of one file in a private ramfs."),
     "inspect": _Entry("files", "Show what files say of themselves, offline."),
     "check": _Entry("check", "Check that files can be served, and that keys decrypt them."),

@@ -14,8 +14,8 @@ from kmsfs.formats.binding import is_bound
 from kmsfs.formats.detect import Format, detect, served_name
 from kmsfs.formats.esdk_header import HeaderIncomplete, parse_header
 from kmsfs.manage.input import STANDARD_INPUT, absolute, read_input
-from kmsfs.manage.keys import KeyOptions, key_service, settings_for
-from kmsfs.manage.place import place_of, volume_above
+from kmsfs.manage.keys import KeyOptions, KeyServices, settings_for
+from kmsfs.manage.place import Volumes, place_of, volume_above
 
 # An unframed body adds 36 bytes, a frame 32, header and footer are small: with frames of 128
 # bytes, the least that the SDK writes, a ciphertext is a quarter longer than its plaintext.
@@ -36,7 +36,14 @@ class Plaintext:
 
 
 @contextlib.contextmanager
-def decrypt_file(name: str, path: str | None, options: KeyOptions) -> Iterator[Plaintext]:
+def decrypt_file(
+    name: str,
+    path: str | None,
+    options: KeyOptions,
+    *,
+    services: KeyServices | None = None,
+    volumes: Volumes | None = None,
+) -> Iterator[Plaintext]:
     """The plaintext of one file, or of standard input for `-`, zeroed when the context ends.
 
     As in a mount, a file that is bound must lie where it belongs. Unlike there, one that is not
@@ -45,13 +52,14 @@ def decrypt_file(name: str, path: str | None, options: KeyOptions) -> Iterator[P
 
     Args:
         path: served path of what standard input holds.
+        services, volumes: of a command that works on many files.
 
     Raises:
         UsageInvalid, InputUnreadable, ConfigInvalid, ConfigUntrusted: see their classes.
         KmsfsError: as `decrypt_ciphertext`.
     """
     file = _file_path(name, path)
-    volume = volume_above(file.parent)
+    volume = (volumes or Volumes()).above(file.parent)
     place = place_of(file, volume)
     settings = settings_for(volume, options)
     ciphertext = read_input(name, max_bytes=MAX_CIPHERTEXT_BYTES)
@@ -73,7 +81,9 @@ def decrypt_file(name: str, path: str | None, options: KeyOptions) -> Iterator[P
         return memoryview(buffer)
 
     try:
-        info = decrypt_ciphertext(ciphertext, rules, key_service(settings), allocate)
+        info = decrypt_ciphertext(
+            ciphertext, rules, (services or KeyServices()).get(settings), allocate
+        )
         with memoryview(buffer) as content:
             yield Plaintext(content, info, warning)
     finally:

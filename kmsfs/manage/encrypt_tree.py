@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,23 +15,11 @@ from kmsfs.manage.input import STANDARD_INPUT, absolute
 from kmsfs.manage.keys import KeyServices
 from kmsfs.manage.output import make_directories
 from kmsfs.manage.place import Volumes
+from kmsfs.manage.plan import FilePlan
 from kmsfs.manage.pool import Outcome, Work
 from kmsfs.manage.tree import find_files, is_ciphertext
 
 _SUFFIX: Final = SUFFIXES[0]
-
-
-@dataclass(slots=True)
-class FilePlan:
-    """What a command over trees is going to do.
-
-    Attributes:
-        jobs: each input as the user would name it, and its output.
-        passed_over: path and kind of what is neither file nor directory.
-    """
-
-    jobs: list[tuple[str, Path]] = field(default_factory=list)
-    passed_over: list[tuple[str, str]] = field(default_factory=list)
 
 
 def plan_encryption(names: Sequence[str], output: str | None) -> FilePlan:
