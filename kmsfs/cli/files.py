@@ -113,12 +113,12 @@ def encrypt(
 def _encrypt_trees(names: tuple[str, ...], options: "EncryptOptions") -> ExitCode:
     from kmsfs.cli.bulk import work_on
     from kmsfs.manage.encrypt_tree import encrypt_work, plan_encryption
-    from kmsfs.manage.keys import prepare_for_fork, settings_for
+    from kmsfs.manage.keys import prepare_for_fork
 
     if options.path is not None:
         raise UsageInvalid("--path names standard input; files have their own names")
     plan = plan_encryption(names, options.output)
-    prepare_for_fork(settings_for(None, options.keys))
+    prepare_for_fork(plan.outputs, options.keys)
     tally = work_on(
         plan.names,
         lambda gate: encrypt_work(plan, options, gate),
@@ -219,11 +219,12 @@ def decrypt(
 def _decrypt_tree(directory: str, output: str, options: "KeyOptions", *, force: bool) -> ExitCode:
     from kmsfs.cli.bulk import work_on
     from kmsfs.manage.decrypt_tree import decrypt_work, plan_decryption
-    from kmsfs.manage.keys import prepare_for_fork, settings_for
+    from kmsfs.manage.input import absolute
+    from kmsfs.manage.keys import prepare_for_fork
     from kmsfs.manage.output import directory_lies_on_disk
 
     plan = plan_decryption(directory, output, force=force)
-    prepare_for_fork(settings_for(None, options))
+    prepare_for_fork([absolute(name) for name in plan.names[:1]], options)
     tally = work_on(
         plan.names,
         lambda gate: decrypt_work(plan, options, gate, force=force),

@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "encrypt": _Entry("files", "Encrypt files."),
     "decrypt": _Entry("files", "Decrypt a file, or a tree into memory."),
     "edit": _Entry("edit", "Edit the plaintext of one file in a private ramfs."),
+    "reencrypt": _Entry("rotation", "Encrypt files anew: new key, or its newest material."),
     "inspect": _Entry("files", "Show what files say of themselves, offline."),
     "check": _Entry("check", "Check that files can be served, and that keys decrypt them."),
     "key": _Entry("key", "Make keys, and show who may use them."),

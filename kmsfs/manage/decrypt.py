@@ -13,6 +13,7 @@ from kmsfs.formats import esdk
 from kmsfs.formats.binding import is_bound
 from kmsfs.formats.detect import Format, detect, served_name
 from kmsfs.formats.esdk_header import HeaderIncomplete, parse_header
+from kmsfs.keys.service import KeyService
 from kmsfs.manage.input import STANDARD_INPUT, absolute, read_input
 from kmsfs.manage.keys import KeyOptions, KeyServices, settings_for
 from kmsfs.manage.place import Volumes, place_of, volume_above
@@ -73,6 +74,19 @@ def decrypt_file(
     warning = ""
     if volume is not None and not volume.may_be_unbound(place.path) and _is_unbound(ciphertext):
         warning = f"it is bound to no place, so volume {volume.name!r} does not serve it"
+    keys = (services or KeyServices()).get(settings)
+    with decrypted(ciphertext, rules, keys) as (content, info):
+        yield Plaintext(content, info, warning)
+
+
+@contextlib.contextmanager
+def decrypted(
+    ciphertext: bytes, rules: DecryptRules, keys: KeyService
+) -> Iterator[tuple[memoryview, DecryptedInfo]]:
+    """A ciphertext's plaintext, zeroed when the context ends.
+
+    Raises: as `decrypt_ciphertext`.
+    """
     buffer = bytearray()
 
     def allocate(size_bytes: int) -> memoryview:
@@ -81,11 +95,9 @@ def decrypt_file(
         return memoryview(buffer)
 
     try:
-        info = decrypt_ciphertext(
-            ciphertext, rules, (services or KeyServices()).get(settings), allocate
-        )
+        info = decrypt_ciphertext(ciphertext, rules, keys, allocate)
         with memoryview(buffer) as content:
-            yield Plaintext(content, info, warning)
+            yield content, info
     finally:
         buffer[:] = bytes(len(buffer))
 

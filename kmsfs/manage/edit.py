@@ -11,12 +11,12 @@ from typing import Final
 from kmsfs.decryptor.decrypt import DecryptedInfo
 from kmsfs.errors import InputUnreadable, KmsfsError, OutputUnwritable, UsageInvalid
 from kmsfs.formats import esdk
-from kmsfs.formats.binding import PATH_KEY, VERSION_KEY, VOLUME_KEY, is_bound
+from kmsfs.formats.binding import is_bound
 from kmsfs.formats.detect import Format, served_name
 from kmsfs.formats.esdk_header import parse_header
 from kmsfs.keys.service import KeyService
 from kmsfs.manage.decrypt import MAX_CIPHERTEXT_BYTES, decrypt_file
-from kmsfs.manage.encrypt import Encrypted, encrypt_bound, encrypt_raw, next_version
+from kmsfs.manage.encrypt import Encrypted, encrypt_bound, encrypt_raw, next_version, users_pairs
 from kmsfs.manage.input import absolute, read_input
 from kmsfs.manage.keys import KeyOptions, key_service, settings_for
 from kmsfs.manage.output import check_output, write_file
@@ -127,17 +127,11 @@ def _encrypt_alike(
     place = (
         place_of(original.path, volume_above(original.path.parent)) if is_bound(context) else None
     )
-    own = {
-        key: value
-        for key, value in context.items()
-        if key not in (VOLUME_KEY, PATH_KEY, VERSION_KEY)
-        and not key.startswith(esdk.RESERVED_CONTEXT_PREFIX)
-    }
     return encrypt_bound(
         plaintext,
         place,
         next_version(original.path),
         key_id=key_id,
-        encryption_context=own,
+        encryption_context=users_pairs(context),
         keys=keys,
     )

@@ -84,6 +84,15 @@ def encrypt_raw(
     return Encrypted(encryption.ciphertext, encryption.key_arn)
 
 
+def users_pairs(context: Mapping[str, str]) -> dict[str, str]:
+    """The pairs of an encryption context that are neither kmsfs's nor the Encryption SDK's."""
+    return {
+        key: value
+        for key, value in context.items()
+        if key not in _OWN_CONTEXT_KEYS and not key.startswith(esdk.RESERVED_CONTEXT_PREFIX)
+    }
+
+
 def next_version(output: Path) -> int:
     """A version higher than every one before: seconds since 1970, or one more than that of the
     message at `output`, if that is higher.

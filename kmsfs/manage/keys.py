@@ -1,17 +1,20 @@
 """Which keys a command asks, and how: the volume's configuration under the command's options."""
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from kmsfs.config import KmsTable
-from kmsfs.errors import UsageInvalid
+from kmsfs.errors import KmsfsError, UsageInvalid
 from kmsfs.keys import loggers
 from kmsfs.keys.service import DecryptProbe, KeyService
 from kmsfs.manage.gate import Gate, GatedKeys
 from kmsfs.manage.input import check_utf8
-from kmsfs.manage.place import VolumeHere
+from kmsfs.manage.place import VolumeHere, volume_above
 from kmsfs.settings import KmsSettings
 
 # A person waits for a command; a reader of a mount gets less.
@@ -83,12 +86,20 @@ def decrypt_probe(settings: KmsSettings) -> DecryptProbe:
     return AwsKeyService(settings)
 
 
-def prepare_for_fork(settings: KmsSettings) -> None:
-    """Import and read now what every forked process would need; asks for no credentials."""
+def prepare_for_fork(paths: Sequence[Path], options: KeyOptions) -> None:
+    """Import and read now what every forked process would need; asks for no credentials.
+
+    Args:
+        paths: of the ciphertext; what is prepared is for the volume of the first.
+    """
     from kmsfs.keys.aws import warm_up
 
     loggers.silence()
-    warm_up(settings)
+    volume = None
+    # Whoever works on the file tells what is wrong with its volume.
+    with contextlib.suppress(KmsfsError):
+        volume = volume_above(paths[0].parent) if paths else None
+    warm_up(settings_for(volume, options))
 
 
 class KeyServices:

@@ -16,6 +16,7 @@ from typing import Final
 
 from kmsfs import libc
 from kmsfs.errors import OutputExists, OutputUnwritable
+from kmsfs.manage.original import Original
 
 FILE_MODE: Final = 0o600
 _DIRECTORY_MODE: Final = 0o700
@@ -29,24 +30,34 @@ _NO_NAMELESS_FILES: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EIN
 
 
 def write_file(
-    path: Path, content: bytes | memoryview, *, replace: bool, mode: int = FILE_MODE
+    path: Path,
+    content: bytes | memoryview,
+    *,
+    replace: bool,
+    mode: int = FILE_MODE,
+    like: Original | None = None,
 ) -> None:
     """Put `content` at `path` atomically and durably.
 
     Args:
         mode: permissions, whatever the umask.
+        like: a file whose owner, permissions and extended attributes the new one gets in place
+            of `mode`, and which must not have changed since it was read.
         replace: whether a regular file that is there already is replaced. Nothing else ever is:
             no directory, device or symbolic link.
 
     Raises:
         OutputExists: something is there and `replace` is false.
         OutputUnwritable: the directory or the disk says no.
+        CiphertextChanging: `like` was changed.
     """
     directory_fd = _open_directory(path.parent)
     try:
         _refuse_existing(directory_fd, path, replace=replace)
         try:
-            with _written(directory_fd, content, mode) as (fd, temporary_name):
+            with _written(directory_fd, content, mode, like) as (fd, temporary_name):
+                if like is not None:
+                    like.check_unchanged()
                 _give_name(directory_fd, fd, temporary_name, path.name, replace=replace)
             os.fsync(directory_fd)
         except FileExistsError:
@@ -135,7 +146,7 @@ def _refuse_existing(directory_fd: int, path: Path, *, replace: bool) -> None:
 
 @contextlib.contextmanager
 def _written(
-    directory_fd: int, content: bytes | memoryview, mode: int
+    directory_fd: int, content: bytes | memoryview, mode: int, like: Original | None
 ) -> Iterator[tuple[int, str | None]]:
     """A flushed file with the content, and its name if it needs one; gone at the end."""
     name = None
@@ -148,7 +159,10 @@ def _written(
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, FILE_MODE, dir_fd=directory_fd)
     try:
-        os.fchmod(fd, mode)
+        if like is None:
+            os.fchmod(fd, mode)
+        else:
+            like.give_attributes(fd)
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(fd, rest) :]

@@ -1,8 +1,10 @@
 """How near commands over many files come to eight calls to KMS at a time."""
 
 import argparse
+import concurrent.futures
 import shutil
 import subprocess
+from collections import deque
 from pathlib import Path
 
 from tests.benchmark.bench import Kms, Result, running_kms, timed
@@ -20,7 +22,7 @@ _CALLS_TO_ENCRYPT, _CALLS_TO_REENCRYPT, _CALLS_FOR_A_BLOB = 1, 3, 2
 
 
 def measure(directory: Path, files: int = FILES) -> list[Result]:
-    """encrypt -r of plain files, and reencrypt of what it wrote, to a second key."""
+    """encrypt -r of plain files, and reencrypt of messages and of bare blobs to a second key."""
     with running_kms("--latency-ms", str(_LATENCY_MS), "--keys", "2") as kms:
         return _measure(kms, directory, files)
 
@@ -34,15 +36,25 @@ def _measure(kms: Kms, directory: Path, files: int) -> list[Result]:
         path = plain / f"{number // 100:02}" / f"{number:05}.pem"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(secret(f"file {number}", 1700))
-    results = [
-        _result(
-            "encrypt -r",
-            files,
-            _CALLS_TO_ENCRYPT,
-            timed(lambda: _run(kms, "encrypt", "-r", plain, "-o", volume)),
-        ),
-    ]
+    results = []
+    seconds = timed(lambda: _run(kms, "encrypt", "-r", plain, "-o", volume))
+    results.append(_result("encrypt -r", files, _CALLS_TO_ENCRYPT, seconds))
+    seconds = timed(lambda: _run(kms, "reencrypt", volume, "--key-id", kms.key_arns[1]))
+    results.append(_result("reencrypt of messages", files, _CALLS_TO_REENCRYPT, seconds))
     shutil.rmtree(plain)
+    blobs = directory / "blobs"
+    blobs.mkdir()
+    (blobs / "kmsfs.toml").write_bytes((volume / "kmsfs.toml").read_bytes())
+    client = kms.client()
+    with concurrent.futures.ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+
+        def make(number: int) -> None:
+            made = client.encrypt(KeyId=kms.key_arns[0], Plaintext=secret(f"blob {number}", 1700))
+            (blobs / f"{number:05}.kms").write_bytes(made["CiphertextBlob"])
+
+        deque(pool.map(make, range(files)), maxlen=0)
+    seconds = timed(lambda: _run(kms, "reencrypt", blobs, "--key-id", kms.key_arns[1]))
+    results.append(_result("reencrypt of bare blobs", files, _CALLS_FOR_A_BLOB, seconds))
     return results
 
 
