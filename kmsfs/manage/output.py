@@ -8,6 +8,7 @@ not to be had, a file of a random name takes their place.
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _DIRECTORY_MODE: Final = 0o700
 # linux/magic.h
 _TMPFS_MAGIC: Final = 0x01021994
 _RAMFS_MAGIC: Final = 0x858458F6
+
+_TEMPORARY_NAME: Final = re.compile(r"\.kmsfs-[0-9a-f]{16}")
 
 # What filesystems answer that have no nameless files; EISDIR comes from kernels before them.
 _NO_NAMELESS_FILES: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
@@ -202,6 +205,11 @@ def _link(directory_fd: int, source: str, name: str) -> None:
 
 def _rename(directory_fd: int, source: str, name: str) -> None:
     os.rename(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether a file has a name that one gets here which is about to replace another."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def _temporary_name() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -13,9 +12,7 @@ from typing import Final
 from kmsfs.errors import InputUnreadable
 from kmsfs.formats.detect import DETECT_PREFIX_BYTES, Format, detect, served_name
 from kmsfs.formats.kms_blob import MAX_CIPHERTEXT_BYTES
-
-# What `kmsfs.manage.output` calls a file that is to replace another.
-_LEFT_BEHIND: Final = re.compile(r"\.kmsfs-[0-9a-f]{16}")
+from kmsfs.manage.output import is_temporary_name
 
 # A replacement has that name for less than a moment; one this old has nobody who will use it.
 _LEFT_BEHIND_S: Final = 60.0
@@ -61,7 +58,7 @@ def find_files(directory: Path, *, without: Path | None = None) -> Tree:
                     tree.directories.append(path)
             elif not stat.S_ISREG(mode):
                 tree.passed_over.append((path, _kind(mode)))
-            elif _LEFT_BEHIND.fullmatch(entry.name):
+            elif is_temporary_name(entry.name):
                 _remove_old(os.path.join(parent, entry.name))
             else:
                 tree.files.append(path)
