@@ -22,6 +22,8 @@ _COMMANDS: Final = {
     "decrypt": _Entry("files", "Decrypt a file, or a tree into memory."),
     "edit": _Entry("edit", "Edit the plaintext of one file in a private ramfs."),
     "reencrypt": _Entry("rotation", "Encrypt files anew: new key, or its newest material."),
+    "mv": _Entry("transfer", "Move ciphertext, and bind it to its new place."),
+    "cp": _Entry("transfer", "Copy ciphertext, and bind the copy to its place."),
     "inspect": _Entry("files", "Show what files say of themselves, offline."),
     "check": _Entry("check", "Check that files can be served, and that keys decrypt them."),
     "key": _Entry("key", "Make keys, and show who may use them."),

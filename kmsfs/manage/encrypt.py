@@ -11,6 +11,7 @@ from kmsfs.formats.binding import PATH_KEY, VERSION_KEY, VOLUME_KEY, Place, boun
 from kmsfs.formats.detect import Format, detect
 from kmsfs.formats.esdk_header import MAX_HEADER_BYTES, HeaderIncomplete, parse_header
 from kmsfs.keys.service import DataKey, KeyService
+from kmsfs.manage.place import VolumeHere
 
 _OWN_CONTEXT_KEYS = (VOLUME_KEY, PATH_KEY, VERSION_KEY)
 
@@ -117,6 +118,31 @@ def check_is_plaintext(data: bytes) -> None:
     """
     if detect(data) is not Format.UNKNOWN:
         raise UsageInvalid("it is ciphertext already", hint="add --force to encrypt it once more")
+
+
+def warnings_of(
+    volume: VolumeHere | None, path: str, encrypted: Encrypted, *, bound: bool
+) -> list[tuple[str, str]]:
+    """What should be thought about in a file that lies at `path` of a volume, with hints."""
+    if volume is None:
+        return []
+    found: list[tuple[str, str]] = []
+    if not bound and not volume.may_be_unbound(path):
+        found.append(
+            (
+                f"it is bound to no place, so volume {volume.name!r} does not serve it",
+                "name it under unbound in kmsfs.toml",
+            )
+        )
+    allowed = volume.file.kms.key_ids
+    if all(":key/" in key_id for key_id in allowed) and encrypted.key_arn not in allowed:
+        found.append(
+            (
+                f"volume {volume.name!r} does not allow its key {encrypted.key_arn}",
+                "add that ARN to key_ids in kmsfs.toml",
+            )
+        )
+    return found
 
 
 def _check_context_keys(context: Mapping[str, str]) -> None:

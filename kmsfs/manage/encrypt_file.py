@@ -9,11 +9,11 @@ from kmsfs.errors import UsageInvalid
 from kmsfs.formats import esdk
 from kmsfs.formats.detect import SUFFIXES
 from kmsfs.manage.encrypt import (
-    Encrypted,
     check_is_plaintext,
     encrypt_bound,
     encrypt_raw,
     next_version,
+    warnings_of,
 )
 from kmsfs.manage.input import STANDARD_INPUT, absolute, read_input
 from kmsfs.manage.keys import KeyOptions, KeyServices, settings_for
@@ -112,7 +112,7 @@ def encrypt_to(
             keys=keys,
         )
     write_file(output, encrypted.ciphertext, replace=options.force)
-    return EncryptedFile(output, tuple(_warnings(volume, place.path, encrypted, bound=bound)))
+    return EncryptedFile(output, tuple(warnings_of(volume, place.path, encrypted, bound=bound)))
 
 
 def _output_path(name: str, options: EncryptOptions) -> Path:
@@ -146,27 +146,3 @@ def _check_served_path(name: str, path: str) -> None:
         raise UsageInvalid("--path names standard input; a file has its own name")
     if not path or os.path.isabs(path) or os.path.normpath(path) != path or path.startswith(".."):
         raise UsageInvalid(f"{path!r} is not a path within a volume")
-
-
-def _warnings(
-    volume: VolumeHere | None, path: str, encrypted: Encrypted, *, bound: bool
-) -> list[tuple[str, str]]:
-    if volume is None:
-        return []
-    found: list[tuple[str, str]] = []
-    if not bound and not volume.may_be_unbound(path):
-        found.append(
-            (
-                f"it is bound to no place, so volume {volume.name!r} does not serve it",
-                "name it under unbound in kmsfs.toml",
-            )
-        )
-    allowed = volume.file.kms.key_ids
-    if all(":key/" in key_id for key_id in allowed) and encrypted.key_arn not in allowed:
-        found.append(
-            (
-                f"volume {volume.name!r} does not allow its key {encrypted.key_arn}",
-                "add that ARN to key_ids in kmsfs.toml",
-            )
-        )
-    return found

@@ -45,7 +45,8 @@ def write_file(
     Args:
         mode: permissions, whatever the umask.
         like: a file whose owner, permissions and extended attributes the new one gets in place
-            of `mode`, and which must not have changed since it was read.
+            of `mode`, and which must not have changed since it was read: mostly the one that is
+            replaced.
         replace: whether a regular file that is there already is replaced. Nothing else ever is:
             no directory, device or symbolic link.
 
@@ -105,6 +106,22 @@ def make_directories(directory: Path) -> None:
         os.fsync(parent_fd)
     finally:
         os.close(parent_fd)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, durably.
+
+    Raises:
+        OutputUnwritable: the directory or the disk says no.
+    """
+    directory_fd = _open_directory(path.parent)
+    try:
+        os.unlink(path.name, dir_fd=directory_fd)
+        os.fsync(directory_fd)
+    except OSError as error:
+        raise OutputUnwritable(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(directory_fd)
 
 
 def lies_on_disk(fd: int) -> bool:
