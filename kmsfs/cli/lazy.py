@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "decrypt": _Entry("files", "Decrypt a file, or a tree into memory."),
     "edit": _Entry("edit", "Edit the plaintext of one file in a private ramfs."),
     "reencrypt": _Entry("rotation", "Encrypt files anew: new key, or its newest material."),
+    "migrate": _Entry("rotation", "Bind the unbound files of a volume to their places."),
     "mv": _Entry("transfer", "Move ciphertext, and bind it to its new place."),
     "cp": _Entry("transfer", "Copy ciphertext, and bind the copy to its place."),
     "inspect": _Entry("files", "Show what files say of themselves, offline."),

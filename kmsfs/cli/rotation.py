@@ -1,4 +1,4 @@
-"""`reencrypt`."""
+"""`reencrypt` and `migrate`."""
 
 import math
 import time
@@ -6,11 +6,13 @@ from datetime import datetime
 
 import click
 
+from kmsfs.cli import messages
 from kmsfs.cli.options import (
     AwsOptions,
     any_key_option,
     aws_options,
     encryption_context_option,
+    force_option,
     key_id_option,
 )
 from kmsfs.errors import ExitCode
@@ -88,4 +90,63 @@ def reencrypt(
         passed_over=plan.passed_over,
         again=again,
     )
+    return tally.status(len(plan.jobs))
+
+
+@click.command()
+@click.argument("directory", metavar="[DIR]", default=".")
+@key_id_option
+@click.option("--dry-run", is_flag=True, help="Only say what would be bound.")
+@encryption_context_option
+@force_option
+@aws_options
+def migrate(
+    aws: AwsOptions,
+    *,
+    directory: str,
+    key_id: str | None,
+    dry_run: bool,
+    encryption_context: dict[str, str],
+    force: bool,
+) -> ExitCode:
+    """Bind the unbound files of a volume to their places, and take them out of unbound.
+
+    Bare blobs and Encryption SDK messages in DIR that the volume's unbound patterns name become
+    messages bound to their places, under the volume's first key or --key-id. Each is verified
+    before it replaces the old one. Then the patterns that match no unbound file any more are
+    removed from kmsfs.toml. --force also binds files that no pattern names.
+
+    The same command goes on where one was stopped; until it is done, every file is served.
+    """
+    from kmsfs.cli.bulk import work_on
+    from kmsfs.cli.protection import protect_process
+    from kmsfs.errors import KmsfsError
+    from kmsfs.manage.keys import KeyOptions, prepare_for_fork
+    from kmsfs.manage.migrate import MigrateOptions, forget_unbound, migrate_work, plan_migration
+
+    protect_process()
+    keys = KeyOptions(
+        encryption_context=encryption_context,
+        profile=aws.profile,
+        region=aws.region,
+        endpoint_url=aws.endpoint_url,
+    )
+    options = MigrateOptions(key_id=key_id, keys=keys, dry_run=dry_run, force=force)
+    volume, plan = plan_migration(directory)
+    prepare_for_fork(plan.outputs, keys)
+    tally = work_on(
+        plan.names,
+        lambda gate: migrate_work(plan, volume, options, gate),
+        doing="binding",
+        done_word="to be bound" if dry_run else "bound",
+        passed_over=plan.passed_over,
+    )
+    if dry_run:
+        return tally.status(len(plan.jobs))
+    try:
+        for path, pattern in forget_unbound(volume):
+            messages.summary(f"{pattern!r} is taken out of unbound in {path}")
+    except KmsfsError as error:
+        messages.failure(error)
+        return ExitCode.SOME_FAILED
     return tally.status(len(plan.jobs))

@@ -73,6 +73,6 @@ def init(
         count = len(done.found_unbound)
         files = "1 file is" if count == 1 else f"{count} files are"
         messages.hint(
-            f"{files} not bound to this volume and listed under unbound: decrypt each, encrypt it "
-            "again with `kmsfs encrypt`, and take it off that list"
+            f"{files} not bound to this volume and listed under unbound: bind what belongs "
+            f"here with `kmsfs migrate {directory}`"
         )

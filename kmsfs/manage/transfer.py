@@ -159,7 +159,7 @@ class _OneFile:
         if volume is None or volume.may_be_unbound(path):
             return content, ()
         text = f"it is bound to no place, so volume {volume.name!r} does not serve it"
-        return content, ((text, "name it under unbound in kmsfs.toml"),)
+        return content, ((text, "bind it with `kmsfs migrate --force`, or name it under unbound"),)
 
     def _bound_anew(
         self, header: EsdkHeader, volume: VolumeHere | None

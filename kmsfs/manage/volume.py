@@ -95,7 +95,7 @@ def init_volume(
     key_arns = tuple(dict.fromkeys(keys.resolve_key_arn(key_id) for key_id in key_ids))
     found: list[str] = []
     unlistable: list[str] = []
-    for served in sorted(set(_unbound_files(directory))):
+    for served in sorted(set(unbound_files(directory))):
         (found if _is_text(served) else unlistable).append(served)
     text = _volume_file(
         name, key_arns, [*unbound, *(glob.escape(served) for served in found)], endpoint_url
@@ -120,7 +120,7 @@ def _name_of(directory: Path) -> str:
     return name or "volume"
 
 
-def _unbound_files(directory: Path) -> Iterator[str]:
+def unbound_files(directory: Path) -> Iterator[str]:
     """Served paths, relative to `directory`, of ciphertext that is bound to no place."""
 
     def refuse(error: OSError) -> None:

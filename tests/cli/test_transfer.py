@@ -94,7 +94,7 @@ def test_unbound_file_goes_as_it_is_and_kms_is_not_asked(volume: BulkVolume, sec
     assert done.stderr == (
         "kmsfs: warning: second/older.kms: it is bound to no place, so volume 'second' does not "
         "serve it\n"
-        "kmsfs: hint: name it under unbound in kmsfs.toml\n"
+        "kmsfs: hint: bind it with `kmsfs migrate --force`, or name it under unbound\n"
     )
     assert (volume.root / "older.kms").read_bytes() == content
     assert (second / "older.kms").read_bytes() == content
