@@ -76,8 +76,9 @@ def reencrypt(
         written_before=None if written_before is None else written_before.timestamp(),
     )
     plan = plan_in_place(files)
-    prepare_for_fork(plan.outputs, options.keys)
     check_new_key(files, options)
+    if not dry_run:
+        prepare_for_fork(plan.outputs, options.keys)
     again = "the same command goes on where this one stopped"
     if key_id is None and written_before is None:
         since = time.strftime(_TIME_FORMAT, time.localtime(began_at))
@@ -133,7 +134,8 @@ def migrate(
     )
     options = MigrateOptions(key_id=key_id, keys=keys, dry_run=dry_run, force=force)
     volume, plan = plan_migration(directory)
-    prepare_for_fork(plan.outputs, keys)
+    if not dry_run:
+        prepare_for_fork(plan.outputs, keys)
     tally = work_on(
         plan.names,
         lambda gate: migrate_work(plan, volume, options, gate),

@@ -135,6 +135,28 @@ class AwsKeyService:
             if region is not None:
                 self._freeze(session, region, key_id)
 
+    def find_credentials(self, key_ids: Sequence[str]) -> None:
+        """Find credentials now, and be ready for a first call; KMS is not connected to.
+
+        What is there then may be used by each of several forked processes. Does nothing where no
+        region is known before a ciphertext tells it.
+
+        Args:
+            key_ids: those that will be asked for.
+
+        Raises: as `decrypt`, where there are no credentials.
+        """
+        key_id = next((key_id for key_id in key_ids if region_of(key_id)), None)
+        with (
+            self._dropping_on_refusal(),
+            deadline.limit(self._seconds_left()),
+            aws_errors.translating("Decrypt", key_id),
+        ):
+            session = self._session = self._session or AwsSession(self._settings)
+            region = region_of(key_id) or session.region
+            if region is not None:
+                session.client(region)
+
     def decrypt(
         self, ciphertext: bytes, *, key_id: str | None, encryption_context: Mapping[str, str]
     ) -> Decryption:

@@ -65,6 +65,10 @@ def settings_for(volume: VolumeHere | None, options: KeyOptions) -> KmsSettings:
     )
 
 
+# By settings: made before fork, for the first user in each process.
+_prepared: dict[bytes, KeyService] = {}
+
+
 def key_service(settings: KmsSettings) -> KeyService:
     """KMS under these settings. Nothing is asked of it yet.
 
@@ -75,7 +79,7 @@ def key_service(settings: KmsSettings) -> KeyService:
     from kmsfs.keys.aws import AwsKeyService
 
     loggers.silence()
-    return AwsKeyService(settings)
+    return _prepared.pop(_identity(settings), None) or AwsKeyService(settings)
 
 
 def decrypt_probe(settings: KmsSettings) -> DecryptProbe:
@@ -87,19 +91,24 @@ def decrypt_probe(settings: KmsSettings) -> DecryptProbe:
 
 
 def prepare_for_fork(paths: Sequence[Path], options: KeyOptions) -> None:
-    """Import and read now what every forked process would need; asks for no credentials.
+    """Do once what every forked process would do by itself: import, read, find credentials.
+
+    No connection is opened to KMS. What fails is left to those who work on the files.
 
     Args:
         paths: of the ciphertext; what is prepared is for the volume of the first.
     """
-    from kmsfs.keys.aws import warm_up
+    from kmsfs.keys.aws import AwsKeyService, warm_up
 
     loggers.silence()
-    volume = None
-    # Whoever works on the file tells what is wrong with its volume.
+    if not paths:
+        return
     with contextlib.suppress(KmsfsError):
-        volume = volume_above(paths[0].parent) if paths else None
-    warm_up(settings_for(volume, options))
+        settings = settings_for(volume_above(paths[0].parent), options)
+        warm_up(settings)
+        keys = AwsKeyService(settings)
+        keys.find_credentials(settings.key_ids)
+        _prepared[_identity(settings)] = keys
 
 
 class KeyServices:
@@ -115,8 +124,12 @@ class KeyServices:
 
     def get(self, settings: KmsSettings) -> KeyService:
         """The key service for these settings, made when first asked for."""
-        identity = msgspec.json.encode(settings, order="deterministic")
+        identity = _identity(settings)
         if identity not in self._services:
             keys = key_service(settings)
             self._services[identity] = keys if self._gate is None else GatedKeys(keys, self._gate)
         return self._services[identity]
+
+
+def _identity(settings: KmsSettings) -> bytes:
+    return msgspec.json.encode(settings, order="deterministic")

@@ -1,5 +1,6 @@
 """`kmsfs encrypt -r`: which files, where to, what is skipped, and what a stopped run leaves."""
 
+import json
 import os
 import pty
 import signal
@@ -178,6 +179,25 @@ def test_at_most_eight_calls_are_made_at_once(volume: BulkVolume) -> None:
     assert most == 8
     volume.kms.heal()
     # CHECK
+
+
+def test_credentials_are_looked_for_once(volume: BulkVolume, tmp_path: Path) -> None:
+    env = volume.kmsfs.env
+    keys = {
+        "Version": 1,
+        "AccessKeyId": env.pop("AWS_ACCESS_KEY_ID"),
+        "SecretAccessKey": env.pop("AWS_SECRET_ACCESS_KEY"),
+    }
+    asked = tmp_path / "asked"
+    script = tmp_path / "credentials.sh"
+    script.write_text(f"#!/bin/sh\necho asked >>{asked}\ncat <<end\n{json.dumps(keys)}\nend\n")
+    script.chmod(0o755)
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = {script}\n")
+    env["AWS_CONFIG_FILE"] = str(tmp_path / "config")
+    volume.write_plain(*(f"{number:02}" for number in range(30)))
+    volume.kmsfs.good("encrypt", "-r", "plain", "-o", "web")
+    assert asked.read_text() == "asked\n"
+    assert len({call.access_key_id for call in volume.kms.calls()}) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
