@@ -6,7 +6,6 @@ touches their levels.
 """
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -24,6 +23,7 @@ from kmsfs.errors import (
     UsageInvalid,
 )
 from kmsfs.keys import aws_errors, deadline
+from kmsfs.keys.aws_answers import take_bytes, take_key_arn
 from kmsfs.keys.aws_session import AwsSession, credential_source, region_of, warm_up
 from kmsfs.keys.credentials import CredentialStore
 from kmsfs.keys.service import DataKey, Decryption, Encryption, ReEncryption
@@ -36,8 +36,6 @@ __all__ = ["AwsKeyService", "credential_source", "warm_up"]
 MAX_CIPHERTEXT_BYTES: Final = 6144
 MAX_PLAINTEXT_BYTES: Final = 4096
 MAX_DATA_KEY_BYTES: Final = 1024
-
-_KEY_ARN: Final = re.compile(r"arn:[^:]+:kms:[^:]+:[0-9]+:key/[^/:]+")
 
 
 class AwsKeyService:
@@ -167,8 +165,8 @@ class AwsKeyService:
         """
         parameters = _decrypt_parameters(ciphertext, key_id, encryption_context)
         answer = self._call("Decrypt", key_id, parameters)
-        plaintext = _take_bytes(answer, "Plaintext", "Decrypt", MAX_PLAINTEXT_BYTES)
-        key_arn = _take_key_arn(answer, "Decrypt", key_id)
+        plaintext = take_bytes(answer, "Plaintext", "Decrypt", MAX_PLAINTEXT_BYTES)
+        key_arn = take_key_arn(answer, "Decrypt", key_id)
         request_id = aws_errors.request_id_of(answer)
         return Decryption(
             plaintext, key_arn, self._signed(KmsCall(key_id=key_arn, request_id=request_id))
@@ -220,8 +218,8 @@ class AwsKeyService:
                 "EncryptionContext": dict(encryption_context),
             },
         )
-        ciphertext = _take_bytes(answer, "CiphertextBlob", "Encrypt", MAX_CIPHERTEXT_BYTES)
-        return Encryption(ciphertext, _take_key_arn(answer, "Encrypt", key_id))
+        ciphertext = take_bytes(answer, "CiphertextBlob", "Encrypt", MAX_CIPHERTEXT_BYTES)
+        return Encryption(ciphertext, take_key_arn(answer, "Encrypt", key_id))
 
     def re_encrypt(
         self,
@@ -247,9 +245,9 @@ class AwsKeyService:
             parameters["SourceKeyId"] = source_key_id
         answer = self._call(operation, key_id, parameters)
         return ReEncryption(
-            _take_bytes(answer, "CiphertextBlob", operation, MAX_CIPHERTEXT_BYTES),
-            _take_key_arn(answer, operation, key_id),
-            _take_key_arn({"KeyId": answer.get("SourceKeyId")}, operation, source_key_id),
+            take_bytes(answer, "CiphertextBlob", operation, MAX_CIPHERTEXT_BYTES),
+            take_key_arn(answer, operation, key_id),
+            take_key_arn({"KeyId": answer.get("SourceKeyId")}, operation, source_key_id),
         )
 
     def generate_data_key(
@@ -272,18 +270,18 @@ class AwsKeyService:
                 "EncryptionContext": dict(encryption_context),
             },
         )
-        plaintext = _take_bytes(answer, "Plaintext", operation, size_bytes)
+        plaintext = take_bytes(answer, "Plaintext", operation, size_bytes)
         if len(plaintext) != size_bytes:
             raise KmsAnswerInvalid(f"{operation}: a data key of {len(plaintext)} bytes")
-        ciphertext = _take_bytes(answer, "CiphertextBlob", operation, MAX_CIPHERTEXT_BYTES)
-        return DataKey(plaintext, ciphertext, _take_key_arn(answer, operation, key_id))
+        ciphertext = take_bytes(answer, "CiphertextBlob", operation, MAX_CIPHERTEXT_BYTES)
+        return DataKey(plaintext, ciphertext, take_key_arn(answer, operation, key_id))
 
     def resolve_key_arn(self, key_id: str) -> str:
         """As `KeyService.resolve_key_arn`."""
         operation = "DescribeKey"
         metadata = self._call(operation, key_id, {"KeyId": key_id}).get("KeyMetadata")
         arn = metadata.get("Arn") if isinstance(metadata, dict) else None
-        return _take_key_arn({"KeyId": arn}, operation, key_id)
+        return take_key_arn({"KeyId": arn}, operation, key_id)
 
     # --- calling -------------------------------------------------------------------------------
 
@@ -382,23 +380,3 @@ def _check_size(ciphertext: bytes) -> None:
             f"{len(ciphertext)} bytes are no KMS ciphertext blob "
             f"(1 to {MAX_CIPHERTEXT_BYTES} bytes)"
         )
-
-
-def _take_bytes(answer: dict[str, Any], name: str, operation: str, max_bytes: int) -> bytes:
-    """Take a field out of an answer, so that nothing else refers to it."""
-    value = answer.pop(name, None)
-    if not isinstance(value, bytes) or not 1 <= len(value) <= max_bytes:
-        raise KmsAnswerInvalid(f"{operation}: {name} is missing or not what KMS gives")
-    return value
-
-
-def _take_key_arn(answer: Mapping[str, Any], operation: str, key_id: str | None) -> str:
-    arn = answer.get("KeyId")
-    if not isinstance(arn, str) or not _KEY_ARN.fullmatch(arn):
-        raise KmsAnswerInvalid(f"{operation}: KeyId is missing or no key ARN")
-    if key_id is not None:
-        is_alias = key_id.startswith("alias/") or ":alias/" in key_id
-        named = arn if key_id.startswith("arn:") else arn.rpartition("/")[2]
-        if not is_alias and named != key_id:
-            raise KmsAnswerInvalid(f"{operation}: KMS answered with {arn} for {key_id}")
-    return arn
