@@ -26,7 +26,7 @@ def killed(at: int, *, replace: bool, path: Path, nameless: bool) -> bool:
     try:
         left = at
         if not nameless:
-            output.os.open = open_without_tmpfile  # type: ignore[assignment]
+            setattr(os, "open", open_without_tmpfile)  # noqa: B010
 
         def dying(real: Callable[..., Any]) -> Callable[..., Any]:
             def step(*arguments: Any, **options: Any) -> Any:
@@ -43,7 +43,7 @@ def killed(at: int, *, replace: bool, path: Path, nameless: bool) -> bool:
 
         like = read_original(path, max_bytes=1 << 20) if replace else None
         for name in STEPS:
-            setattr(output.os, name, dying(getattr(output.os, name)))
+            setattr(os, name, dying(getattr(os, name)))
         write_file(path, NEW, replace=replace, like=like)
     finally:
         os._exit(0)
