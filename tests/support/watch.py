@@ -1,6 +1,7 @@
 """The pytest plugin that watches for the canary and for what a test leaves behind."""
 
 import contextlib
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def _nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 
 def pytest_configure() -> None:
-    """Adopt the orphans of tests; see `leftovers`."""
+    """Adopt the orphans of tests; see `leftovers`. Have what they start heed an interrupt, which
+    a shell has the programs ignore that it starts in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(OSError):
         leftovers.adopt_orphans()
