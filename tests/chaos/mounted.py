@@ -27,14 +27,15 @@ class ChaosMount:
 
     Attributes:
         volume: for commands.
-        launcher_kills: how many were begun.
+        launcher_changes: rises when a launcher is killed, and once more when another has mounted:
+            odd in between, when the old one's daemon may still answer.
     """
 
     def __init__(self, site: Site, view: str, env: dict[str, str]) -> None:
         self._site = site
         self._view = view
         self._env = env
-        self.launcher_kills = 0
+        self.launcher_changes = 0
         self.volume = self._mount()
         self.launcher_pid = self.volume.launcher_pid
 
@@ -78,10 +79,11 @@ class ChaosMount:
         Raises:
             AssertionError: it could not be.
         """
-        self.launcher_kills += 1
+        self.launcher_changes += 1
         send(self.launcher_pid, signal.SIGKILL)
         self._await(lambda: self._mount_anew() == 0, "it can be mounted again")
         self.launcher_pid = self.volume.launcher_pid
+        self.launcher_changes += 1
 
     def unlock(self) -> None:
         """Unlock, whichever daemon is there.

@@ -275,12 +275,12 @@ class Operator(Troublemaker):
             return
         try:
             self._table.lock.begin()
-            launcher_kills = self._mount.launcher_kills
+            before = self._mount.launcher_changes
             was_locked = self._mount.ask(control.LockRequest()) is not None
             self._rest(self._chance.uniform(0.0, 0.8))
             status = self._mount.status()
             # Another launcher has mounted anew, which unlocks.
-            same_launcher = launcher_kills == self._mount.launcher_kills
+            same_launcher = before % 2 == 0 and before == self._mount.launcher_changes
             self._mount.unlock()
             self._table.lock.end()
             if was_locked and same_launcher and status is not None:
