@@ -124,7 +124,7 @@ def _look_at(buffer: bytearray, path: str, expired_by: datetime, now: datetime) 
             try:
                 if block is None:
                     # RFC 1421, an older form of keys that have a password, has header lines.
-                    if b"Proc-Type: 4,ENCRYPTED" not in buffer[begin.end() :][:100]:
+                    if b"Proc-Type: 4,ENCRYPTED" not in buffer[begin.end() : begin.end() + 100]:
                         unreadable = kind.decode()
                 elif kind in _CERTIFICATES:
                     certificates.append(x509.load_pem_x509_certificate(block[0]))
