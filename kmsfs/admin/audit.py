@@ -1,5 +1,6 @@
 """Who opened what: the daemon's end of the audit log. It may refuse a read; metrics never may."""
 
+import contextlib
 import errno
 import itertools
 import os
@@ -48,13 +49,15 @@ class Audit:
 
     async def run(self) -> None:
         """Take the launcher's answers until cancelled, or until it is gone."""
-        while answer := await self._sock.recv(audit_log.ANSWER.size):
-            number, code = audit_log.ANSWER.unpack(answer)
-            self._note(code)
-            waiting = self._waiting.get(number)
-            if waiting is not None:
-                waiting.errno = code
-                waiting.answered.set()
+        # A launcher that was killed with records unread resets the connection.
+        with contextlib.suppress(OSError):
+            while answer := await self._sock.recv(audit_log.ANSWER.size):
+                number, code = audit_log.ANSWER.unpack(answer)
+                self._note(code)
+                waiting = self._waiting.get(number)
+                if waiting is not None:
+                    waiting.errno = code
+                    waiting.answered.set()
         self._note(errno.EPIPE)
         for waiting in self._waiting.values():
             waiting.errno = errno.EPIPE

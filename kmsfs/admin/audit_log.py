@@ -17,6 +17,9 @@ from kmsfs.events import Event
 
 MAX_FRAME_BYTES: Final = 64 << 10
 
+# Of a path or an error's detail. Two of them fit a frame, escaped to six times their length.
+_MAX_TEXT: Final = 4096
+
 ANSWER: Final = struct.Struct("!QI")
 _NUMBER: Final = struct.Struct("!Q")
 
@@ -26,7 +29,7 @@ _encoder: Final = msgspec.json.Encoder()
 def line_of(event: Event) -> bytes:
     """An event of now as a line, without its end."""
     record: dict[str, object] = {"time": _now(), "event": type(event).__name__}
-    record |= {field.name: getattr(event, field.name) for field in fields(event)}
+    record |= {field.name: _fit(getattr(event, field.name)) for field in fields(event)}
     return _encoder.encode(record)
 
 
@@ -49,6 +52,14 @@ def take_apart(frame: bytes) -> tuple[int, bytes]:
     if len(frame) <= _NUMBER.size:
         raise ValueError(f"a frame of {len(frame)} bytes")
     return _NUMBER.unpack_from(frame)[0], frame[_NUMBER.size :]
+
+
+def _fit(value: object) -> object:
+    """A value as a line can have it: text in UTF-8, and not more than a frame has room for."""
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
 
 
 def _now() -> str:
