@@ -286,7 +286,9 @@ class FuseView(pyfuse3.Operations):
                 raise FUSEError(errno.ESTALE) from None
             raise
         try:
-            await self._make_way_for(known, opened.file)
+            # It waits for the kernel, which may wait for others.
+            with trio.fail_at(deadline):
+                await self._make_way_for(known, opened.file)
         except BaseException:
             opened.lease.close()
             raise
